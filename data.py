@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -276,10 +276,11 @@ def glyph_distance(kind, x, y):
 
 
 def render_shapes(count, seed, side=32):
-    """Images (count 3 side side) uint8 and labels: a wallpaper of one glyph per image, which is its class.
+    """Images (count 3 side side) uint8 and labels: wallpapers, each of one glyph, which is its class.
 
-    The class survives crops (the glyph repeats), flips and turns, and says nothing about colour. Position, size,
-    turn, colours, lighting and noise are random. Deterministic in (count, seed, side).
+    The class survives crops (the glyph repeats) and flips. Every glyph of an image has a colour of its own, so
+    colour tells neither the class nor, after a crop, the image: what two views share is the form. Turn, size, place,
+    brightness and noise are random. Deterministic in (count, seed, side).
     """
     generator = keyed_generator('shapes', seed)
 
@@ -288,27 +289,24 @@ def render_shapes(count, seed, side=32):
 
     labels = torch.arange(count) % len(SHAPES)
     axis = torch.arange(side) - (side - 1) / 2
-    turn, cell = draw(0, 2 * math.pi, 1, 1), draw(0.30, 0.50, 1, 1) * side
+    turn, cell = draw(0, 2 * math.pi, 1, 1), draw(0.26, 0.42, 1, 1) * side
     shift = draw(0, 1, 2, 1, 1)
-    x = (turn.cos() * axis[None, None] + turn.sin() * axis[None, :, None]) / cell + shift[:, 0]
-    y = (-turn.sin() * axis[None, None] + turn.cos() * axis[None, :, None]) / cell + shift[:, 1]
-    radius = draw(0.34, 0.44, 1, 1)                                             # of a cell
-    spin = draw(0, 2 * math.pi, 1, 1)
+    x = (turn.cos() * axis + turn.sin() * axis[:, None]) / cell + shift[:, 0]   # in cells, n h w
+    y = (-turn.sin() * axis + turn.cos() * axis[:, None]) / cell + shift[:, 1]
     u, v = x - x.floor() - 0.5, y - y.floor() - 0.5                             # within the cell
+    radius, spin = draw(0.32, 0.44, 1, 1), draw(0, 2 * math.pi, 1, 1)
     u, v = (spin.cos() * u + spin.sin() * v) / radius, (-spin.sin() * u + spin.cos() * v) / radius
     distance = torch.empty(count, side, side)
     for kind, name in enumerate(SHAPES):
-        chosen = labels == kind
-        distance[chosen] = glyph_distance(name, u[chosen], v[chosen])
+        distance[kind::len(SHAPES)] = glyph_distance(name, u[kind::len(SHAPES)], v[kind::len(SHAPES)])
     cover = (0.5 - distance * radius * cell).clamp(0, 1)[:, None]               # one pixel of antialiasing
 
-    background, foreground = draw(0, 1, 3, 1, 1), draw(0, 1, 3, 1, 1)
-    contrast = (foreground - background).mean(dim=1, keepdim=True)              # at least 0.3 in brightness
-    foreground = foreground + torch.sign(contrast) * (0.3 - contrast.abs()).clamp(min=0)
-    light = draw(-0.25, 0.25, 2, 1, 1) / side
-    light = light[:, :1] * axis[None, None, None] + light[:, 1:] * axis[None, None, :, None]
-    images = background + (foreground - background) * cover + light
-    images = images + 0.04 * torch.randn(images.shape, generator=generator)
+    cells = (x.floor() % 6 * 6 + y.floor() % 6).long()                          # 36 colours in turn
+    colours = draw(0, 1, 36, 3) * draw(0.3, 0.6, 1, 1)
+    ink = colours.gather(1, repeat(cells, 'n h w -> n (h w) c', c=3))
+    ink = rearrange(ink, 'n (h w) c -> n c h w', h=side)
+    paper = draw(0.7, 0.95, 1, 1, 1)
+    images = paper + (ink - paper) * cover + 0.04 * torch.randn(count, 3, side, side, generator=generator)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
 

@@ -1,0 +1,478 @@
+"""Pretrain a ViT with a compressed token sequence.
+
+    python train.py                                                  # rendered images, CPU, about 2 minutes
+    python train.py --dataset fashion_mnist --data-root data --download
+    torchrun --nproc_per_node 8 train.py --dataset folder --data-root imagenet --img-size 240 --patch-size 16 \\
+        --arch vit_small --schedule p48@0,p30@0.3,p24@0.5,p20@0.7,p16@0.85 --budget 100 ...   (README: all flags)
+
+The clock of a run is its budget in units, a unit being the cost of one uncompressed training sample. A sample
+under compression tau spends c(tau) units (compress.sample_cost); the run ends when the budget is spent, and every
+schedule (learning rate, momentum, weight decay, teacher temperature, compression) runs on spent / budget.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data as datasets
+import losses
+import vit
+from compress import Compression, forward_flops, local_side, num_keep, sample_cost, training_flops
+from eval import knn_accuracy
+from schedule import Schedule, cosine, polynomial, ramp, warmup
+
+# What the three papers do differently. Head sizes and learning rates are ours, for small images; the papers':
+# MoCo-v3 --hidden 4096, DINO --hidden 2048 --out-dim 65536.
+METHOD_DEFAULTS = dict(
+    moco=dict(out_dim=256, temperature=0.2, symmetric=False, momentum=0.99, weight_decay=0.1, weight_decay_end=0.1,
+              clip_grad=0.0),
+    simclr=dict(out_dim=256, temperature=0.1, symmetric=True, momentum=0.0, weight_decay=0.1, weight_decay_end=0.1,
+                clip_grad=0.0),
+    dino=dict(out_dim=4096, temperature=0.1, symmetric=True, momentum=0.996, weight_decay=0.04, weight_decay_end=0.4,
+              clip_grad=3.0),
+)
+CHANGEABLE = {'resume', 'device', 'workers', 'compile', 'max_steps'}  # flags that a resumed run may set anew
+
+
+# ---------------------------------------------------------------- arguments
+
+def build_parser(method):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=lambda prog: Formatter(prog, max_help_position=28, width=110))
+    g = parser.add_argument_group('data')
+    g.add_argument('--dataset', default='shapes', choices=datasets.DATASETS, help='shapes is rendered, folder is any tree of images')
+    g.add_argument('--data-root', default='data', help='folder of the data set')
+    g.add_argument('--download', action='store_true', help='fetch the data set if it is absent')
+    g.add_argument('--img-size', type=int, default=32, help='side of the views in pixels (paper: 240)')
+    g.add_argument('--local-crops', type=int, default=4, help='DINO: number of local views (paper: 8)')
+    g.add_argument('--local-size', type=int, default=16, help='DINO: side of the local views in pixels (paper: 96)')
+    g.add_argument('--workers', type=int, default=2, help='loader processes (data set folder)')
+
+    g = parser.add_argument_group('encoder')
+    g.add_argument('--arch', choices=('vit_tiny', 'vit_small', 'vit_base'), help='instead of the three sizes below')
+    g.add_argument('--embed-dim', type=int, default=64, help='width')
+    g.add_argument('--depth', type=int, default=4, help='blocks')
+    g.add_argument('--num-heads', type=int, help='default: width / 32; with --arch its own, 64 wide (MoCo-v3 ViT-S: 12)')
+    g.add_argument('--patch-size', type=int, default=4, help='base patch side in pixels, of no compression (paper: 16)')
+    g.add_argument('--pos-embed', default='sincos', choices=('sincos', 'learned'), help='sincos is fixed')
+    g.add_argument('--freeze-patch-embed', action='store_true', help="MoCo-v3's stop-grad-conv1")
+
+    g = parser.add_argument_group('objective')
+    g.add_argument('--method', default='moco', choices=tuple(METHOD_DEFAULTS), help='the defaults shown are those of the method given')
+    g.add_argument('--hidden', type=int, default=512, help='width of the hidden layers of the heads (MoCo-v3: 4096)')
+    g.add_argument('--out-dim', type=int, help='outputs of the heads (DINO paper: 65536)')
+    g.add_argument('--temperature', type=float, help='of the loss; DINO: of the student')
+    g.add_argument('--symmetric', action=argparse.BooleanOptionalAction, help='both views are query, anchor or target once, instead of one')
+    g.add_argument('--momentum', type=float, help='of the EMA teacher at the start; 1 at the end, by a cosine')
+    g.add_argument('--teacher-temp', type=float, nargs=2, default=(0.04, 0.07), help='DINO: at the start, and from 30 %% of progress on')
+    g.add_argument('--freeze-last-layer', type=float, default=0.01, help='DINO: progress until which the last layer stays (paper: 1 of 100 epochs)')
+
+    g = parser.add_argument_group('compression')
+    g.add_argument('--schedule', default='p8@0,p4@0.7', help='none, a strategy (p8-drop0.50), stages (p8@0,p4@0.7: p4 from 70 %% of the budget on) or a JSON file')
+    g.add_argument('--drop-branch', default='query', choices=('query', 'both'), help='who drops tokens: query, student or first view alone, or both')
+    g.add_argument('--budget', type=float, default=0.04, help='millions of units (paper: 25 to 200)')
+    g.add_argument('--epochs', type=float, help='instead of --budget: uncompressed epochs that cost the same')
+
+    g = parser.add_argument_group('optimization')
+    g.add_argument('--batch-size', type=int, default=128, help='images per step, over all processes (paper: 1024 to 4096)')
+    g.add_argument('--lr', type=float, default=4e-3, help='peak learning rate per 256 images (MoCo-v3: 1.5e-4)')
+    g.add_argument('--lr-schedule', default='cosine', choices=('cosine', 'polynomial'), help='polynomial is 1 - p^2')
+    g.add_argument('--warmup', type=float, default=0.1, help='progress over which the learning rate rises (MoCo-v3: 40 of 300 epochs)')
+    g.add_argument('--weight-decay', type=float, help='at the start')
+    g.add_argument('--weight-decay-end', type=float, help='at the end, by a cosine')
+    g.add_argument('--clip-grad', type=float, help="largest norm of each parameter's gradient, 0: none (DINO: 3)")
+
+    g = parser.add_argument_group('run')
+    g.add_argument('--name', help='folder below runs/ (default: METHOD-DATASET-NUMBER)')
+    g.add_argument('--seed', type=int, default=0, help='of weights, data order, views and token draws')
+    g.add_argument('--device', default='auto', help='auto, cpu, cuda, mps')
+    g.add_argument('--compile', action='store_true', help='torch.compile the blocks, once per sequence length')
+    g.add_argument('--log-every', type=int, default=10, help='steps')
+    g.add_argument('--eval-every', type=float, default=0.25, help='progress between nearest-neighbour scores')
+    g.add_argument('--save-every', type=float, default=0.05, help='progress between checkpoints')
+    g.add_argument('--max-steps', type=int, help='save and stop after this many steps of the run; --resume goes on')
+    g.add_argument('--resume', metavar='RUN', help='folder of a run to go on with, under its own flags')
+    parser.set_defaults(**METHOD_DEFAULTS[method])
+    return parser
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the docstring as it is written, and the default of each flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def parse_args(argv):
+    """Flags, and the checkpoint of the run to resume (or None)."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument('--method', default='moco')
+    method = first.parse_known_args(argv)[0].method
+    parser = build_parser(method if method in METHOD_DEFAULTS else 'moco')
+    args = parser.parse_args(argv)
+    if args.resume:
+        checkpoint = load_checkpoint(Path(args.resume) / 'checkpoint.pt')
+        saved, given = checkpoint['args'], {a.split('=')[0] for a in argv if a.startswith('--')}
+        for action in parser._actions:
+            name = action.dest
+            if given & set(action.option_strings) and name not in CHANGEABLE and getattr(args, name) != saved[name]:
+                raise ValueError(f'{action.option_strings[0]} {getattr(args, name)} is not what the run has, '
+                                 f'{saved[name]}; a resumed run keeps its flags, leave it out or start a new run')
+        changed = {name: getattr(args, name) for name in CHANGEABLE}
+        return argparse.Namespace(**{**saved, **changed}), checkpoint
+    check(args)
+    return args, None
+
+
+def check(args):
+    """Numbers that no later code would refuse in a way that names the flag."""
+    for name in ('img_size', 'patch_size', 'embed_dim', 'depth', 'hidden', 'out_dim', 'batch_size', 'lr', 'temperature',
+                 'log_every', 'eval_every', 'save_every', 'local_size', 'budget', 'num_heads', 'epochs', 'max_steps'):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f'--{name.replace("_", "-")} {value} must be above 0')
+    for name in ('weight_decay', 'weight_decay_end', 'clip_grad', 'workers', 'local_crops', 'seed'):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ValueError(f'--{name.replace("_", "-")} {getattr(args, name)} must be at least 0')
+    for name in ('momentum', 'warmup', 'freeze_last_layer'):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f'--{name.replace("_", "-")} {getattr(args, name)} is a fraction in [0, 1)')
+    if min(args.teacher_temp) <= 0:
+        raise ValueError(f'--teacher-temp {args.teacher_temp} must be above 0')
+
+
+# ---------------------------------------------------------------- set-up
+
+def build_method(args, encoder):
+    common = dict(hidden=args.hidden, out_dim=args.out_dim, symmetric=args.symmetric, drop_branch=args.drop_branch)
+    if args.method == 'moco':
+        return losses.MoCo(encoder, temperature=args.temperature, **common)
+    if args.method == 'simclr':
+        return losses.SimCLR(encoder, temperature=args.temperature, **common)
+    return losses.DINO(encoder, student_temp=args.temperature, local_crops=args.local_crops,
+                       local_size=args.local_size, **common)
+
+
+def build_encoder(args, in_chans):
+    sizes = dict(img_size=args.img_size, patch_size=args.patch_size, in_chans=in_chans, pos_embed=args.pos_embed,
+                 freeze_patch_embed=args.freeze_patch_embed)
+    if args.arch:
+        heads = dict(num_heads=args.num_heads) if args.num_heads else {}
+        return getattr(vit, args.arch)(**sizes, **heads)
+    heads = args.num_heads or max(1, args.embed_dim // 32)
+    return vit.ViT(embed_dim=args.embed_dim, depth=args.depth, num_heads=heads, **sizes)
+
+
+def build_schedule(args):
+    """The compression over progress, as a Schedule of Compression."""
+    if args.schedule == 'none':
+        names = Schedule.parse(f'p{args.patch_size}')
+    elif args.schedule.endswith('.json'):
+        path = Path(args.schedule)
+        if not path.is_file():
+            raise FileNotFoundError(f'no schedule at {path}; --schedule takes none, p8-drop0.50, p8@0,p4@0.7 or a JSON file')
+        names = Schedule.from_json(path.read_text())
+    else:
+        names = Schedule.parse(args.schedule)
+    return names.map(Compression.parse)
+
+
+def build_optimizer(method, args, device):
+    """AdamW; weight decay on everything for MoCo-v3, and not on biases, norms and tokens for DINO and SimCLR."""
+    trainable = [p for p in method.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if args.method == 'moco' or p.ndim > 1]
+    plain = [p for p in trainable if args.method != 'moco' and p.ndim <= 1]
+    groups = [dict(params=decayed, decay=True)] + ([dict(params=plain, decay=False)] if plain else [])
+    return torch.optim.AdamW(groups, fused=device.type in ('cuda', 'cpu'))
+
+
+def clip_each(parameters, largest):
+    """DINO clips the gradient of each parameter tensor by its own norm, not all by the global one."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(grads))
+    torch._foreach_mul_(grads, list((largest / (norms + 1e-6)).clamp(max=1).unbind()))
+
+
+# ---------------------------------------------------------------- files of a run
+
+def save(value, path):
+    """Write to a temporary name, flush, rename: a crash leaves the old file whole."""
+    partial = Path(f'{path}.partial')
+    with open(partial, 'wb') as file:
+        if isinstance(value, str):
+            file.write(value.encode())
+        else:
+            torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(path):
+    if not path.is_file():
+        raise FileNotFoundError(f'no checkpoint at {path}; --resume takes the folder of a run, such as runs/moco-shapes-0')
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        raise ValueError(f'{path} cannot be read, it is truncated or no checkpoint: {str(error).splitlines()[0]}') from None
+
+
+def new_folder(args):
+    if args.name:
+        folder = Path('runs') / args.name
+        if folder.exists():
+            raise FileExistsError(f'{folder} exists; choose another --name, or --resume {folder}')
+    else:
+        folder = next(f for i in range(10**6) if not (f := Path('runs') / f'{args.method}-{args.dataset}-{i}').exists())
+    folder.mkdir(parents=True)
+    return folder
+
+
+# ---------------------------------------------------------------- training
+
+def collapse_warning(metrics, outputs):
+    """Plain words when the features say nothing about the images any more, or None."""
+    if metrics['feature_spread'] < 0.01:
+        return ('all images have nearly the same feature (spread below 0.01): collapsed. Lower --lr, lengthen --warmup, '
+                'or --freeze-patch-embed')
+    if 'teacher_entropy' in metrics and metrics['teacher_entropy'] > 0.999 * math.log(outputs):
+        return "the teacher's outputs are uniform: collapsed. Lower --teacher-temp"
+    if 'teacher_entropy' in metrics and metrics['teacher_entropy'] < 0.01:
+        return 'the teacher gives every image one and the same output with certainty: collapsed. Raise --teacher-temp'
+    return None
+
+
+def train(args, checkpoint):
+    # ---- processes and device
+    distributed = 'WORLD_SIZE' in os.environ
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    name = args.device
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    device = torch.device(name, int(os.environ.get('LOCAL_RANK', 0)) if name == 'cuda' else None)
+    if name == 'cuda':
+        torch.cuda.set_device(device)
+    if distributed:
+        dist.init_process_group('nccl' if name == 'cuda' else 'gloo')
+    if args.batch_size % world or args.batch_size // world < 2:
+        raise ValueError(f'batch size {args.batch_size} cannot be shared by {world} process(es) as at least 2 images each; '
+                         f'use a multiple of {world} from {2 * world} on')
+    main_process = rank == 0
+    say = print if main_process else (lambda *_, **__: None)
+    torch.manual_seed(args.seed)
+
+    # ---- data and views
+    data = datasets.load(args.dataset, args.data_root, args.download)
+    small = args.img_size < 64
+    views = datasets.recipe(args.method, small, args.local_crops)
+    steps_per_epoch = len(data) // args.batch_size
+
+    # ---- encoder, objective, compression
+    encoder = build_encoder(args, data.channels)
+    method = build_method(args, encoder).to(device)
+    base = Compression(args.patch_size)
+    schedule = build_schedule(args)
+    for _, compression in schedule.stages:
+        encoder.grid(args.img_size, args.img_size, compression.patch_size)  # refuses a patch size that does not fit
+    cost = {c: sample_cost(args.method, encoder.sizes, c, base, **method.cost_settings)
+            for c in {base, *(c for _, c in schedule.stages)}}
+    budget = args.epochs * len(data) if args.epochs else args.budget * 1e6
+
+    def sides(compression):
+        local = local_side(args.local_size, compression.patch_size)
+        return [local if view.local else args.img_size for view in views]
+
+    # ---- optimizer, processes, precision
+    optimizer = build_optimizer(method, args, device)
+    peak_lr = args.lr * args.batch_size / 256
+    decay_curve = dict(cosine=cosine, polynomial=polynomial)[args.lr_schedule]
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # one graph per sequence length and branch
+        for module in method.modules():
+            if isinstance(module, vit.Block):
+                module.compile(dynamic=False)
+    model = method
+    if distributed:
+        if device.type == 'cuda':
+            method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        model = DistributedDataParallel(method, device_ids=[device.index] if device.type == 'cuda' else None)
+    half = device.type == 'cuda' and torch.cuda.is_bf16_supported()
+    autocast = torch.autocast('cuda', torch.bfloat16) if half else contextlib.nullcontext()
+
+    # ---- resume
+    step, spent, samples, next_eval, next_save = 0, 0.0, 0, 0.0, args.save_every
+    if checkpoint:
+        method.load_state_dict(checkpoint['method'])
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        step, spent, samples, next_eval, next_save = (checkpoint[key] for key in COUNTERS)
+        folder = Path(args.resume)
+        if spent >= budget:
+            raise ValueError(f'{folder} has spent its budget of {budget / 1e6:g}M units; start a new run for a longer one')
+    else:
+        folder = new_folder(args) if main_process else None
+
+    # ---- what is going to happen
+    unit = training_flops(args.method, encoder.sizes, base, **method.cost_settings)
+    forward = sum(forward_flops(encoder.base_grid[0] * encoder.base_grid[1], encoder.embed_dim, encoder.sizes['depth'],
+                                encoder.sizes['mlp_ratio'], data.channels * args.patch_size ** 2))
+    say(f'run       {folder}   {device}, {world} process(es), {"bfloat16" if half else "float32"}, seed {args.seed}')
+    say(f'data      {args.dataset}: {len(data):,} images, {data.channels} channel(s), {len(data.classes)} classes; '
+        f'{len(views)} views of {args.img_size} px, {args.method} recipe{" for small images (no blur)" if small else ""}'
+        + ('; grey images: no saturation, hue, grayscale' if data.channels == 1 else ''))
+    say(f'encoder   {sum(p.numel() for p in encoder.parameters()):,} parameters, width {encoder.embed_dim}, depth '
+        f'{encoder.sizes["depth"]}, {encoder.sizes["num_heads"]} heads, patch size {args.patch_size}, '
+        f'{encoder.base_grid[0] * encoder.base_grid[1]} patches')
+    say('cost      ' + ', '.join(f'{c}: {cost[c]:.3f}' for c in sorted(cost, key=cost.get)) + ' units per sample')
+    say(f'budget    {budget:,.0f} units ({budget / len(data):.1f} uncompressed epochs; {budget * unit / forward / 1e6:.2f}M '
+        f'bare forward passes), schedule {schedule}')
+    say(f'optimizer AdamW, peak learning rate {peak_lr:.2e} = {args.lr:g} x {args.batch_size} / 256, {args.lr_schedule}')
+    say(f'loss      {method.chance_loss(args.batch_size):.3f} is chance: all features equal, or uniform outputs')
+    log = None
+    if main_process:
+        save(json.dumps(vars(args), indent=1), folder / 'args.json')
+        log = open(folder / 'log.jsonl', 'a')
+
+    def write(**line):
+        if main_process:
+            log.write(json.dumps(line) + '\n')
+            log.flush()
+
+    def state():
+        counters = dict(zip(COUNTERS, (step, spent, samples, next_eval, next_save)))
+        return dict(method=method.state_dict(), optimizer=optimizer.state_dict(), args=vars(args), **counters)
+
+    def save_run():
+        if main_process:
+            save(state(), folder / 'checkpoint.pt')
+            save(dict(model=method.encoder.state_dict(), sizes=encoder.sizes, mean=data.mean, std=data.std,
+                      dataset=args.dataset), folder / 'backbone.pt')
+
+    def score(when):
+        if main_process and data.classes:  # the bare encoder, so that no other process is waited for
+            scores, bank, queries = knn_accuracy(method.encoder, data, args.img_size, device, bank_limit=10_000,
+                                                 query_limit=5_000, workers=args.workers)
+            write(step=step, progress=spent / budget, units=spent, nn=scores[1], knn=scores[20])
+            tqdm.write(f'{when}: {scores[20]:.2f} % 20-NN, {scores[1]:.2f} % NN, uncompressed, {bank} bank and {queries} test images')
+            return scores
+
+    # ---- the loop
+    bar = tqdm(total=round(budget), initial=round(spent), unit='unit', disable=not main_process, dynamic_ncols=True,
+               bar_format='{percentage:3.0f}% |{bar:10}| {n_fmt}/{total_fmt} units, {elapsed}<{remaining} {postfix}')
+    keys = datasets.batch_keys(len(data), args.batch_size, args.seed, step, rank, world)
+    batches = data.batches(keys, views, sides(base), args.seed, device, args.workers)
+    trainable = [p for p in method.parameters() if p.requires_grad]
+    seconds, seconds_data, clock, warned = 0.0, 0.0, time.perf_counter(), set()
+    while spent < budget:
+        if spent / budget >= next_eval:
+            score('random network' if step == 0 else f'{100 * spent / budget:.0f} % of the budget')
+            next_eval += args.eval_every
+            clock = time.perf_counter()
+
+        # schedules for this step
+        progress = spent / budget
+        lr = peak_lr * warmup(progress, args.warmup) * decay_curve(max(0, progress - args.warmup) / (1 - args.warmup))
+        momentum = ramp(args.momentum, 1.0, progress)
+        weight_decay = ramp(args.weight_decay, args.weight_decay_end, progress)
+        for group in optimizer.param_groups:
+            group['lr'], group['weight_decay'] = lr, weight_decay if group['decay'] else 0.0
+        if args.method == 'dino':
+            cold, warm = args.teacher_temp
+            method.teacher_temp = cold + (warm - cold) * warmup(progress, 0.3)
+
+        # compression for this step
+        compression = schedule.at(progress)
+
+        # views
+        generator = datasets.keyed_generator(args.seed, rank, step, device=device)
+        images = datasets.make_views(next(batches), views, sides(compression), generator)
+        images = [datasets.normalize(view, data.mean, data.std) for view in images]
+        after_data = time.perf_counter()
+
+        # loss
+        with autocast:
+            loss, metrics = model(images, compression.patch_size, compression.drop_rate, generator)
+        mean_loss = losses.mean_over_ranks(loss.detach().clone()).item()
+        if not math.isfinite(mean_loss):
+            if main_process:
+                save(state(), folder / 'crash.pt')
+            raise FloatingPointError(f'the loss is {mean_loss} at step {step}, progress {progress:.3f}; the state before it '
+                                     f'is saved as crash.pt, checkpoint.pt is untouched. What helps: lower --lr '
+                                     f'({args.lr:g}), longer --warmup, --clip-grad 1, --freeze-patch-embed')
+
+        # backward and step
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if args.clip_grad:
+            clip_each(trainable, args.clip_grad)
+        if args.method == 'dino' and progress < args.freeze_last_layer:
+            method.student_head.last_layer.weight.grad = None  # neither moved nor decayed
+        optimizer.step()
+
+        # teacher
+        method.update_teacher(momentum)
+        step, samples, spent = step + 1, samples + args.batch_size, spent + cost[compression] * args.batch_size
+
+        # log
+        now = time.perf_counter()
+        seconds, seconds_data, clock = seconds + now - clock, seconds_data + after_data - clock, now
+        bar.update(min(round(spent), bar.total) - bar.n)
+        if step % args.log_every == 0 or spent >= budget:
+            metrics = {key: float(value) for key, value in metrics.items()}
+            patches = (args.img_size // compression.patch_size) ** 2
+            write(step=step, progress=spent / budget, units=spent, samples=samples, loss=mean_loss, lr=lr, momentum=momentum,
+                  patch_size=compression.patch_size, drop_rate=compression.drop_rate,
+                  tokens=num_keep(patches, compression.drop_rate), seconds=seconds, seconds_data=seconds_data, **metrics)
+            bar.set_postfix_str(f'loss {mean_loss:.3f}, lr {lr:.1e}, {compression}, {samples / seconds:.0f} img/s, '
+                                f'data {100 * seconds_data / seconds:.0f} %', refresh=False)
+            warning = collapse_warning(metrics, args.out_dim) if step >= 50 else None
+            if warning is None and step >= 50 and seconds_data > 0.2 * seconds:
+                warning = 'over 20 % of the time goes to the data; raise --workers, or use smaller files'
+            if warning and warning not in warned:
+                warned.add(warning)
+                say(f'warning: step {step}: {warning}')
+        if spent / budget >= next_save and spent < budget:
+            next_save += args.save_every
+            save_run()
+        if args.max_steps and step >= args.max_steps and spent < budget:
+            save_run()
+            bar.close()
+            say(f'stopped at step {step}, {100 * spent / budget:.0f} % of the budget; go on with --resume {folder}')
+            return
+
+    bar.close()
+    save_run()
+    score('end')
+    say(f'{step} steps, {samples:,} samples for {spent:,.0f} units in {seconds:.0f} s, {100 * seconds_data / seconds:.0f} % of them '
+        f'waiting for data; score it again with: python eval.py --weights {folder / "backbone.pt"}')
+
+
+COUNTERS = ('step', 'units', 'samples', 'next_eval', 'next_save')
+
+
+def main(argv=None):
+    try:
+        train(*parse_args(sys.argv[1:] if argv is None else argv))
+    except (ValueError, OSError, FloatingPointError) as error:
+        place = error.__traceback__
+        while place.tb_next:
+            place = place.tb_next
+        sys.exit(f'train.py: error: {error}  [{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}]')
+    except KeyboardInterrupt:
+        sys.exit('interrupted; --resume goes on from the last checkpoint')
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()
