@@ -142,7 +142,7 @@ class ViT(nn.Module):
         if height % patch_size or width % patch_size:
             common = math.gcd(height, width)
             fitting = [p for p in range(1, common + 1) if common % p == 0]
-            near = sorted(sorted(fitting, key=lambda p: abs(p - patch_size))[:5])
+            near = [p for p in fitting if patch_size / 2 <= p <= patch_size * 2] or fitting
             raise ValueError(f'patch size {patch_size} does not divide image size {height}x{width}; use '
                              f'{", ".join(map(str, near))} or an image size that is a multiple of {patch_size}')
         return height // patch_size, width // patch_size
@@ -209,7 +209,8 @@ if __name__ == '__main__':
     error = (small(images[:, :, :16, :16]) - small(large, patch_size=8)).abs().max().item()
     print(f'each 4x4 patch enlarged to 8x8, read with patch size 8: the features change by {error:.1e}')
     assert error < 1e-4
-    parameters = sum(p.numel() for p in vit_base(img_size=224).parameters())
+    with torch.device('meta'):
+        parameters = sum(p.numel() for p in vit_base(img_size=224).parameters())
     print(f'ViT-B/16 at 224 px: {parameters:,} parameters, position table included')
     assert parameters == 85_798_656
     print('vit.py: all claims hold')
