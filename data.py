@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import math
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -340,10 +340,13 @@ class MemoryImages:
         for batch in keys:
             yield images[torch.tensor([index for _, index in batch], device=device)]
 
+    def labelled_ids(self, split):
+        return torch.nonzero((self.labels if split == 'train' else self.test_labels) >= 0)[:, 0]
+
     def labelled(self, split, limit, side, workers=0):
         """Batches of (float images (b c side side) in [0, 1], labels) of the labelled train or test images."""
         images, labels = (self.images, self.labels) if split == 'train' else (self.test_images, self.test_labels)
-        for part in spread(torch.nonzero(labels >= 0)[:, 0], limit).split(500):
+        for part in spread(self.labelled_ids(split), limit).split(500):
             yield resize(images[part], side), labels[part]
 
 
@@ -457,6 +460,10 @@ class FolderImages:
     def __len__(self):
         return len(self.paths)
 
+    def labelled_ids(self, split):
+        ids, labels = (self.bank, self.labels) if split == 'train' else (self.queries, self.test_labels)
+        return ids[labels[ids] >= 0]
+
     def loaded(self, decoder, keys, workers):
         """(images, labels) batches of the decoder; tells about unreadable files."""
         loader = torch.utils.data.DataLoader(decoder, batch_sampler=keys, num_workers=workers,
@@ -479,10 +486,9 @@ class FolderImages:
 
     def labelled(self, split, limit, side, workers=0):
         """Batches of (float images (b c side side) in [0, 1], labels) of the labelled train or test images."""
-        paths, labels, ids = ((self.paths, self.labels, self.bank) if split == 'train' else
-                              (self.test_paths, self.test_labels, self.queries))
+        paths, labels = (self.paths, self.labels) if split == 'train' else (self.test_paths, self.test_labels)
         decoder = Decoder(paths, labels, partial(pil_center_crop, side=side))
-        keys = [[(0, i) for i in part.tolist()] for part in spread(ids[labels[ids] >= 0], limit).split(250)]
+        keys = [[(0, i) for i in part.tolist()] for part in spread(self.labelled_ids(split), limit).split(250)]
         for (images,), labels in self.loaded(decoder, keys, workers):
             yield images.float() / 255, labels
 
@@ -492,16 +498,20 @@ def batch_keys(n, batch_size, seed, start_step=0, rank=0, world=1):
 
     The order of an epoch depends on (seed, epoch) alone, so a run resumes at its place in the data.
     """
-    steps = n // batch_size
+    steps, share = n // batch_size, batch_size // world
     if steps < 1:
         raise ValueError(f'batch size {batch_size} is larger than the {n} images; lower --batch-size')
-    for step in itertools.count(start_step):
+
+    @lru_cache(maxsize=1)
+    def order(epoch):
+        return torch.randperm(n, generator=keyed_generator(seed, 'order', epoch)).tolist()
+
+    def batch(step):
         epoch, place = divmod(step, steps)
-        if place == 0 or step == start_step:
-            order = torch.randperm(n, generator=keyed_generator(seed, 'order', epoch)).tolist()
-        share = batch_size // world
         first = place * batch_size + rank * share
-        yield [(epoch, index) for index in order[first:first + share]]
+        return [(epoch, index) for index in order(epoch)[first:first + share]]
+
+    return map(batch, itertools.count(start_step))
 
 
 DATASETS = ('shapes', 'fashion_mnist', 'cifar10', 'cifar100', 'stl10', 'folder')

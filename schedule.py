@@ -46,7 +46,7 @@ class Schedule:
         starts = [start for start, _ in self.stages]
         if not starts or starts[0] != 0:
             raise ValueError(f'a schedule begins at progress 0, not {starts[0] if starts else "nowhere"}')
-        if any(a >= b for a, b in zip(starts, starts[1:])) or starts[-1] >= 1:
+        if not all(a < b for a, b in zip(starts, [*starts[1:], 1])):
             raise ValueError(f'stages must begin at increasing progress below 1, not at {starts}')
 
     def at(self, progress):
@@ -78,3 +78,12 @@ class Schedule:
     @classmethod
     def from_json(cls, text):
         return cls(tuple((start, strategy) for start, strategy in json.loads(text)['stages']))
+
+
+if __name__ == '__main__':
+    for p in (0.25, 0.5, 0.75):
+        print(f'progress {p}: cosine {cosine(p):.4f}, polynomial {polynomial(p):.4f}, MoCo-v3 momentum {ramp(0.99, 1, p):.6f}')
+        assert polynomial(p) > cosine(p)
+    schedule = Schedule.parse('p8-drop0.50@0,p4@0.7')
+    assert Schedule.from_json(schedule.to_json()) == schedule and schedule.at(0.7) == 'p4'
+    print('schedule.py: all claims hold')

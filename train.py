@@ -95,7 +95,7 @@ def build_parser(method):
     g = parser.add_argument_group('run')
     g.add_argument('--name', help='folder below runs/ (default: METHOD-DATASET-NUMBER)')
     g.add_argument('--seed', type=int, default=0, help='of weights, data order, views and token draws')
-    g.add_argument('--device', default='auto', help='auto, cpu, cuda, mps')
+    g.add_argument('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'), help='auto: cuda if there, else mps, else cpu')
     g.add_argument('--compile', action='store_true', help='torch.compile the blocks, once per sequence length')
     g.add_argument('--log-every', type=int, default=10, help='steps')
     g.add_argument('--eval-every', type=float, default=0.25, help='progress between nearest-neighbour scores')
@@ -110,7 +110,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
     """Shows the docstring as it is written, and the default of each flag that has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def parse_args(argv):
@@ -260,6 +260,8 @@ def train(args, checkpoint):
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     device = torch.device(name, int(os.environ.get('LOCAL_RANK', 0)) if name == 'cuda' else None)
+    if (name == 'cuda' and not torch.cuda.is_available()) or (name == 'mps' and not torch.backends.mps.is_available()):
+        raise ValueError(f'--device {name} is not there; use --device cpu, or a torch built for it')
     if name == 'cuda':
         torch.cuda.set_device(device)
     if distributed:
@@ -275,7 +277,7 @@ def train(args, checkpoint):
     data = datasets.load(args.dataset, args.data_root, args.download)
     small = args.img_size < 64
     views = datasets.recipe(args.method, small, args.local_crops)
-    steps_per_epoch = len(data) // args.batch_size
+    scored = len(data.classes) > 1 and len(data.labelled_ids('train')) >= 20 and len(data.labelled_ids('test')) > 0
 
     # ---- encoder, objective, compression
     encoder = build_encoder(args, data.channels)
@@ -309,6 +311,8 @@ def train(args, checkpoint):
     half = device.type == 'cuda' and torch.cuda.is_bf16_supported()
     autocast = torch.autocast('cuda', torch.bfloat16) if half else contextlib.nullcontext()
 
+    keys = datasets.batch_keys(len(data), args.batch_size, args.seed, checkpoint['step'] if checkpoint else 0, rank, world)
+
     # ---- resume
     step, spent, samples, next_eval, next_save = 0, 0.0, 0, 0.0, args.save_every
     if checkpoint:
@@ -337,6 +341,8 @@ def train(args, checkpoint):
         f'bare forward passes), schedule {schedule}')
     say(f'optimizer AdamW, peak learning rate {peak_lr:.2e} = {args.lr:g} x {args.batch_size} / 256, {args.lr_schedule}')
     say(f'loss      {method.chance_loss(args.batch_size):.3f} is chance: all features equal, or uniform outputs')
+    if not scored:
+        say('score     none: nearest neighbour needs labels (first-level folders) and at least 20 labelled training images')
     log = None
     if main_process:
         save(json.dumps(vars(args), indent=1), folder / 'args.json')
@@ -358,7 +364,7 @@ def train(args, checkpoint):
                       dataset=args.dataset), folder / 'backbone.pt')
 
     def score(when):
-        if main_process and data.classes:  # the bare encoder, so that no other process is waited for
+        if main_process and scored:  # the bare encoder, so that no other process is waited for
             scores, bank, queries = knn_accuracy(method.encoder, data, args.img_size, device, bank_limit=10_000,
                                                  query_limit=5_000, workers=args.workers)
             write(step=step, progress=spent / budget, units=spent, nn=scores[1], knn=scores[20])
@@ -368,7 +374,6 @@ def train(args, checkpoint):
     # ---- the loop
     bar = tqdm(total=round(budget), initial=round(spent), unit='unit', disable=not main_process, dynamic_ncols=True,
                bar_format='{percentage:3.0f}% |{bar:10}| {n_fmt}/{total_fmt} units, {elapsed}<{remaining} {postfix}')
-    keys = datasets.batch_keys(len(data), args.batch_size, args.seed, step, rank, world)
     batches = data.batches(keys, views, sides(base), args.seed, device, args.workers)
     trainable = [p for p in method.parameters() if p.requires_grad]
     seconds, seconds_data, clock, warned = 0.0, 0.0, time.perf_counter(), set()
@@ -446,14 +451,14 @@ def train(args, checkpoint):
         if args.max_steps and step >= args.max_steps and spent < budget:
             save_run()
             bar.close()
-            say(f'stopped at step {step}, {100 * spent / budget:.0f} % of the budget; go on with --resume {folder}')
+            say(f'stopped at step {step}, {100 * spent / budget:.0f} % of the budget; --resume goes on')
             return
 
     bar.close()
     save_run()
     score('end')
     say(f'{step} steps, {samples:,} samples for {spent:,.0f} units in {seconds:.0f} s, {100 * seconds_data / seconds:.0f} % of them '
-        f'waiting for data; score it again with: python eval.py --weights {folder / "backbone.pt"}')
+        f'waiting for data; python eval.py --weights {folder}/backbone.pt scores it again')
 
 
 COUNTERS = ('step', 'units', 'samples', 'next_eval', 'next_save')

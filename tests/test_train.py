@@ -1,0 +1,239 @@
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import train
+
+CODE = Path(train.__file__).parent
+SMALL = ['--dataset', 'fashion_mnist', '--img-size', '16', '--embed-dim', '32', '--depth', '1', '--hidden', '32', '--out-dim', '32',
+         '--batch-size', '16', '--log-every', '1', '--device', 'cpu', '--local-crops', '2', '--local-size', '8', '--eval-every', '1']
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, tiny_fashion):
+    """train.py's own main with flags, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags, small=True):
+        train.main([*(SMALL + ['--data-root', str(tiny_fashion)] if small else []), *map(str, flags)])
+        return tmp_path / 'runs'
+    return call
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+
+
+def fails(capsys, call):
+    with pytest.raises(SystemExit) as stop:
+        call()
+    message = str(stop.value.code) if isinstance(stop.value.code, str) else capsys.readouterr().err
+    assert stop.value.code not in (0, None)
+    return message
+
+
+@pytest.mark.parametrize('method, schedule, symmetric', list(itertools.product(
+    ('moco', 'simclr', 'dino'), ('none', 'p4-drop0.50', 'p8', 'p8-drop0.50'), ('--symmetric', '--no-symmetric'))))
+def test_every_combination_trains_and_resumes(run, method, schedule, symmetric):
+    flags = ['--method', method, '--schedule', schedule, symmetric, '--budget', '0.000064']
+    runs = run(*flags, '--name', 'a', '--max-steps', 2)
+    assert (runs / 'a' / 'checkpoint.pt').exists()
+    run('--resume', runs / 'a', small=False)
+    lines = [line for line in log_of(runs / 'a') if 'loss' in line]
+    assert [line['step'] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) > 2
+    cost = lines[0]['units'] / 16
+    assert cost == pytest.approx(1) if schedule == 'none' else cost < 0.95
+    assert lines[-1]['units'] >= 64 > lines[-2]['units']
+
+
+@pytest.mark.parametrize('method', ('moco', 'dino'))
+def test_resume_is_bit_exact(run, method):
+    flags = ['--method', method, '--schedule', 'p8-drop0.50@0,p4@0.6', '--budget', '0.0004']
+    runs = run(*flags, '--name', 'whole')
+    run(*flags, '--name', 'parts', '--max-steps', 5)
+    run('--resume', runs / 'parts', small=False)
+    whole, parts = (torch.load(runs / name / 'checkpoint.pt', weights_only=True) for name in ('whole', 'parts'))
+    assert whole['step'] == parts['step'] > 15 and whole['units'] == parts['units']
+    for key, value in whole['method'].items():
+        assert torch.equal(value, parts['method'][key]), key
+    for a, b in zip(whole['optimizer']['state'].values(), parts['optimizer']['state'].values()):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    timing = ('seconds', 'seconds_data')
+    a, b = ([{k: v for k, v in line.items() if k not in timing} for line in log_of(runs / n) if 'loss' in line] for n in ('whole', 'parts'))
+    assert a == b
+
+
+def test_what_a_run_leaves(run):
+    runs = run('--budget', '0.0002', '--schedule', 'p8@0,p4@0.5')
+    folder = runs / 'moco-fashion_mnist-0'
+    assert {p.name for p in folder.iterdir()} == {'args.json', 'log.jsonl', 'checkpoint.pt', 'backbone.pt'}
+    lines = log_of(folder)
+    steps = [line for line in lines if 'loss' in line]
+    assert {'step', 'progress', 'units', 'loss', 'lr', 'momentum', 'patch_size', 'drop_rate', 'tokens', 'seconds', 'seconds_data',
+            'feature_spread', 'positive_similarity', 'negative_similarity'} <= set(steps[0])
+    assert [line['tokens'] for line in steps][:1] == [4] and steps[-1]['tokens'] == 16
+    assert [('knn' in line) for line in lines].count(True) == 2
+    saved = torch.load(folder / 'backbone.pt', weights_only=True)
+    model = timm.models.VisionTransformer(img_size=16, patch_size=4, in_chans=1, embed_dim=32, depth=1, num_heads=1, num_classes=0)
+    model.load_state_dict(saved['model'], strict=True)
+    assert json.loads((folder / 'args.json').read_text())['schedule'] == 'p8@0,p4@0.5'
+    assert run('--budget', '0.0001') and (runs / 'moco-fashion_mnist-1').is_dir()  # a second run does not touch the first
+
+
+def test_dino_exports_the_teacher(run):
+    runs = run('--method', 'dino', '--budget', '0.0002', '--schedule', 'none', '--name', 'd')
+    saved, checkpoint = (torch.load(runs / 'd' / name, weights_only=True) for name in ('backbone.pt', 'checkpoint.pt'))
+    key = 'blocks.0.mlp.fc1.weight'
+    assert torch.equal(saved['model'][key], checkpoint['method'][f'encoder.{key}'])
+    assert not torch.equal(saved['model'][key], checkpoint['method'][f'student_encoder.{key}'])
+
+
+def test_dino_freezes_its_last_layer_then_trains_it(run):
+    states = []
+    for until, name in ((0.99, 'frozen'), (0.0, 'free')):
+        runs = run('--method', 'dino', '--schedule', 'none', '--budget', '0.0002', '--freeze-last-layer', until, '--name', name)
+        states.append(torch.load(runs / name / 'checkpoint.pt', weights_only=True)['method']['student_head.last_layer.weight'])
+    torch.manual_seed(0)
+    assert not torch.equal(*states)
+
+
+def test_clip_each_clips_each_tensor_alone():
+    parameters = [torch.nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    for p, norm in zip(parameters, (6.0, 4.0, 1.0)):
+        p.grad = torch.full((4,), norm / 2)
+    train.clip_each(parameters, 3.0)
+    assert [round(p.grad.norm().item(), 4) for p in parameters] == [3, 3, 1]
+
+
+def test_weight_decay_groups():
+    from losses import DINO, MoCo
+    from vit import ViT
+    encoder = dict(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2)
+    for method, build in (('moco', MoCo), ('dino', DINO)):
+        module = build(ViT(**encoder), hidden=16, out_dim=8)
+        optimizer = train.build_optimizer(module, type('', (), dict(method=method)), torch.device('cpu'))
+        decayed = sum(p.numel() for g in optimizer.param_groups for p in g['params'] if g['decay'])
+        total = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        assert sum(p.numel() for g in optimizer.param_groups for p in g['params']) == total
+        assert decayed == total if method == 'moco' else decayed < total
+
+
+def test_learning_rate_follows_progress(run):
+    runs = run('--budget', '0.0016', '--schedule', 'none', '--warmup', '0.1', '--lr', '0.0016', '--name', 'lr', '--lr-schedule', 'polynomial')
+    for line in (line for line in log_of(runs / 'lr') if 'loss' in line):
+        p = (line['step'] - 1) * 16 / 1600
+        expected = 1e-4 * (p / 0.1 if p < 0.1 else 1 - ((p - 0.1) / 0.9) ** 2)
+        assert line['lr'] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_schedule_file_and_epochs(run, tmp_path):
+    from schedule import Schedule
+    (tmp_path / 'schedule.json').write_text(Schedule.parse('p8@0,p4-drop0.25@0.5').to_json())
+    runs = run('--schedule', 'schedule.json', '--epochs', '0.5', '--name', 'file')
+    lines = [line for line in log_of(runs / 'file') if 'loss' in line]
+    assert (lines[0]['patch_size'], lines[-1]['patch_size'], lines[-1]['drop_rate']) == (8, 4, 0.25)
+    assert 160 <= lines[-1]['units'] < 176
+
+
+def test_two_processes_train_and_agree(run, tiny_fashion, tmp_path):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(CODE / 'train.py'), *SMALL,
+               '--data-root', str(tiny_fashion), '--budget', '0.0004', '--schedule', 'p8-drop0.50@0,p4@0.5', '--name', 'two', '--method', 'simclr']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    runs = run('--budget', '0.0004', '--schedule', 'p8-drop0.50@0,p4@0.5', '--name', 'one', '--method', 'simclr')
+    two, one = ([line for line in log_of(runs / n) if 'loss' in line] for n in ('two', 'one'))
+    assert [line['step'] for line in two] == [line['step'] for line in one]
+    mean = [sum(line['loss'] for line in lines) / len(lines) for lines in (two, one)]
+    assert abs(mean[0] - mean[1]) < 0.3  # other draws, the same run in kind
+    assert done.stdout.count('chance') == 1
+
+
+def test_without_compile_and_with(run):
+    runs = run('--budget', '0.0001', '--schedule', 'p8-drop0.50', '--name', 'eager')
+    run('--budget', '0.0001', '--schedule', 'p8-drop0.50', '--name', 'compiled', '--compile')
+    a, b = ([line['loss'] for line in log_of(runs / n) if 'loss' in line] for n in ('eager', 'compiled'))
+    assert a == pytest.approx(b, abs=1e-3)
+
+
+# ---- bad input: one line that names the value and the fix
+
+@pytest.mark.parametrize('flags, message', [
+    (['--method', 'byol'], 'byol'), (['--dataset', 'mnist'], 'mnist'), (['--arch', 'vit_huge'], 'vit_huge'),
+    (['--schedule', 'p5'], 'patch size 5 does not divide image size 16x16; use 4, 8 or'),
+    (['--patch-size', '6'], 'patch size 6 does not divide'), (['--schedule', 'p4-drop1.5'], 'drop rate 1.5 is outside'),
+    (['--schedule', 'fast'], "'fast' is not a compression"), (['--schedule', 'p4@0.5'], 'begins at progress 0'),
+    (['--schedule', 'none.json'], 'no schedule at none.json'), (['--batch-size', '400'], 'batch size 400 is larger than the 320 images'),
+    (['--batch-size', '1'], 'batch size 1 cannot'), (['--num-heads', '5'], '5 heads do not divide width 32'), (['--lr', 'nan'], '--lr nan'),
+    (['--budget', '0'], '--budget 0.0 must be above 0'), (['--warmup', '1.5'], '--warmup 1.5'), (['--data-root', 'nowhere'], 'not in nowhere'),
+    (['--dataset', 'folder', '--data-root', 'nowhere'], 'no folder nowhere'), (['--resume', 'nowhere'], 'no checkpoint at nowhere'),
+    (['--device', 'gpu'], 'gpu'), (['--device', 'mps'], '--device mps is not there'),
+])
+def test_bad_input(run, capsys, tmp_path, flags, message):
+    assert message in fails(capsys, lambda: run(*flags))
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_nothing_is_overwritten(run, capsys):
+    flags = ['--budget', '0.0001', '--name', 'a']
+    runs = run(*flags)
+    before = (runs / 'a' / 'log.jsonl').read_bytes()
+    assert 'runs/a exists' in fails(capsys, lambda: run(*flags))
+    assert 'has spent its budget' in fails(capsys, lambda: run('--resume', runs / 'a', small=False))
+    assert 'a resumed run keeps its flags' in fails(capsys, lambda: run('--resume', runs / 'a', '--lr', '3', small=False))
+    shutil.copytree(runs / 'a', runs / 'b')
+    (runs / 'b' / 'checkpoint.pt').write_bytes((runs / 'a' / 'checkpoint.pt').read_bytes()[:5000])
+    assert 'truncated' in fails(capsys, lambda: run('--resume', runs / 'b', small=False))
+    assert (runs / 'a' / 'log.jsonl').read_bytes() == before == (runs / 'b' / 'log.jsonl').read_bytes()
+
+
+def test_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(run, capsys, monkeypatch):
+    runs = run('--budget', '0.0004', '--name', 'a', '--max-steps', 3)
+    checkpoint = (runs / 'a' / 'checkpoint.pt').read_bytes()
+    monkeypatch.setattr(train.losses, 'info_nce', lambda q, k, temperature: q.sum() * float('nan'))
+    message = fails(capsys, lambda: run('--resume', runs / 'a', small=False))
+    assert 'the loss is nan at step 3' in message and '--lr' in message
+    assert (runs / 'a' / 'checkpoint.pt').read_bytes() == checkpoint and (runs / 'a' / 'crash.pt').exists()
+
+
+def test_unlabelled_folder_trains_without_a_score(run, tmp_path, capsys):
+    from PIL import Image
+    for i in range(24):
+        Image.new('RGB', (40, 30), (10 * i, 99, 40)).save(tmp_path / f'{i}.png')
+    runs = run('--dataset', 'folder', '--data-root', tmp_path, '--budget', '0.00006', '--name', 'f', '--workers', 0)
+    assert 'score     none' in capsys.readouterr().out
+    assert not any('knn' in line for line in log_of(runs / 'f'))
+
+
+def test_collapse_is_said_in_plain_words():
+    assert 'collapsed' in train.collapse_warning(dict(feature_spread=0.001), 256)
+    assert 'uniform' in train.collapse_warning(dict(feature_spread=0.5, teacher_entropy=6.238), 512)
+    assert 'one and the same' in train.collapse_warning(dict(feature_spread=0.5, teacher_entropy=0.001), 512)
+    assert train.collapse_warning(dict(feature_spread=0.5, teacher_entropy=3.0), 512) is None
+
+
+@pytest.mark.parametrize('leaf', ('compress', 'vit', 'losses', 'schedule', 'data'))
+def test_leaf_copied_alone_checks_itself(leaf, tmp_path):
+    shutil.copy(CODE / f'{leaf}.py', tmp_path)
+    if leaf == 'vit':
+        shutil.copy(CODE / 'compress.py', tmp_path)
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('torchvision', 'PIL', 'numpy', 'timm', 'lightly', 'tqdm', 'matplotlib')))"
+    code = f"{blocked}; import runpy; runpy.run_path('{leaf}.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert f'{leaf}.py: all claims hold' in done.stdout
+
+
+@pytest.mark.parametrize('method', ('moco', 'simclr', 'dino'))
+def test_help_shows_the_methods_defaults(method, capsys):
+    with pytest.raises(SystemExit):
+        train.main(['--method', method, '--help'])
+    text = capsys.readouterr().out
+    assert f'(default: {train.METHOD_DEFAULTS[method]["momentum"]})' in text and 'torchrun' in text
