@@ -2,18 +2,24 @@
 
     python train.py                                                  # rendered images, CPU, about 2 minutes
     python train.py --dataset fashion_mnist --data-root data --download
+    python train.py --gradstats 0,0.25,0.5,0.75,1 --schedule none    # how wrong is each strategy's gradient, and when
     torchrun --nproc_per_node 8 train.py --dataset folder --data-root imagenet --img-size 240 --patch-size 16 \\
         --arch vit_small --schedule p48@0,p30@0.3,p24@0.5,p20@0.7,p16@0.85 --budget 100 ...   (README: all flags)
 
 The clock of a run is its budget in units, a unit being the cost of one uncompressed training sample. A sample
 under compression tau spends c(tau) units (compress.sample_cost); the run ends when the budget is spent, and every
 schedule (learning rate, momentum, weight decay, teacher temperature, compression) runs on spent / budget.
+
+--schedule auto needs no pilot run (experimental, README): at a few moments it measures the gradient error of each strategy
+where the run then is (gradstats.py), solves (schedule.py), and goes on with the best. The measuring is paid from the budget.
 """
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -29,7 +35,8 @@ import losses
 import vit
 from compress import Compression, forward_flops, local_side, num_keep, sample_cost, training_flops
 from eval import knn_accuracy
-from schedule import Schedule, cosine, polynomial, ramp, warmup
+from gradstats import gradient_stats
+from schedule import Schedule, cosine, polynomial, ramp, solve, warmup
 
 # What the three papers do differently. Head sizes and learning rates are ours, for small images; the papers':
 # MoCo-v3 --hidden 4096, DINO --hidden 2048 --out-dim 65536.
@@ -78,10 +85,20 @@ def build_parser(method):
     g.add_argument('--freeze-last-layer', type=float, default=0.01, help='DINO: progress until which the last layer stays (paper: 1 of 100 epochs)')
 
     g = parser.add_argument_group('compression')
-    g.add_argument('--schedule', default='p8@0,p4@0.7', help='none, a strategy (p8-drop0.50), stages (p8@0,p4@0.7: p4 from 70 %% of the budget on) or a JSON file')
+    g.add_argument('--schedule', default='two-stage', help='two-stage (twice the patch size for the first 70 %% of the budget), none, a strategy (p8-drop0.50), stages (p8@0,p4@0.7), auto, or the JSON file of schedule.py')
     g.add_argument('--drop-branch', default='query', choices=('query', 'both'), help='who drops tokens: query, student or first view alone, or both')
     g.add_argument('--budget', type=float, default=0.04, help='millions of units (paper: 25 to 200)')
     g.add_argument('--epochs', type=float, help='instead of --budget: uncompressed epochs that cost the same')
+
+    g.add_argument('--cost', default='analytic', choices=('analytic', 'measured'), help='of a sample: FLOPs, or the time of a step on this machine')
+
+    g = parser.add_argument_group('gradient errors')
+    g.add_argument('--gradstats', metavar='P,P,...', help='measure them at these progress points, beside the run: 0,0.25,0.5,0.75,1 (paper)')
+    g.add_argument('--grid', metavar='TAU,TAU,...', help='strategies to measure (default: patch sizes up to 4 times the base one, drop rates 0 and 0.5)')
+    g.add_argument('--probe-batches', type=int, default=24, help='batches per strategy and point, a multiple of 4')
+    g.add_argument('--metric', nargs='+', default=['euclidean'], choices=('euclidean', 'adam'), help="of the error; adam: coordinates divided by sqrt of Adam's second moment; auto uses the first")
+    g.add_argument('--horizon', type=float, default=1.0, help='auto: H in bias^2 + c variance / H')
+    g.add_argument('--auto-share', type=float, default=0.05, help='auto: largest share of the budget spent on measuring')
 
     g = parser.add_argument_group('optimization')
     g.add_argument('--batch-size', type=int, default=128, help='images per step, over all processes (paper: 1024 to 4096)')
@@ -137,7 +154,7 @@ def parse_args(argv):
 def check(args):
     """Numbers that no later code would refuse in a way that names the flag."""
     for name in ('img_size', 'patch_size', 'embed_dim', 'depth', 'hidden', 'out_dim', 'batch_size', 'lr', 'temperature',
-                 'log_every', 'eval_every', 'save_every', 'local_size', 'budget', 'num_heads', 'epochs', 'max_steps'):
+                 'log_every', 'eval_every', 'save_every', 'local_size', 'budget', 'horizon', 'num_heads', 'epochs', 'max_steps'):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f'--{name.replace("_", "-")} {value} must be above 0')
@@ -147,6 +164,10 @@ def check(args):
     for name in ('momentum', 'warmup', 'freeze_last_layer'):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f'--{name.replace("_", "-")} {getattr(args, name)} is a fraction in [0, 1)')
+    if not 0 < args.auto_share <= 0.5:
+        raise ValueError(f'--auto-share {args.auto_share} is a fraction in (0, 0.5]')
+    if args.probe_batches < 8 or args.probe_batches % 4:
+        raise ValueError(f'--probe-batches {args.probe_batches} must be a multiple of 4, at least 8: four groups give the error bars')
     if min(args.teacher_temp) <= 0:
         raise ValueError(f'--teacher-temp {args.teacher_temp} must be above 0')
 
@@ -174,17 +195,40 @@ def build_encoder(args, in_chans):
 
 
 def build_schedule(args):
-    """The compression over progress, as a Schedule of Compression."""
-    if args.schedule == 'none':
-        names = Schedule.parse(f'p{args.patch_size}')
-    elif args.schedule.endswith('.json'):
-        path = Path(args.schedule)
-        if not path.is_file():
-            raise FileNotFoundError(f'no schedule at {path}; --schedule takes none, p8-drop0.50, p8@0,p4@0.7 or a JSON file')
-        names = Schedule.from_json(path.read_text())
-    else:
-        names = Schedule.parse(args.schedule)
-    return names.map(Compression.parse)
+    """The compression over progress, as a Schedule of Compression; None: auto."""
+    base = Compression(args.patch_size)
+    if args.schedule == 'auto':
+        return None
+    if args.schedule == 'none' or (args.schedule == 'two-stage' and args.img_size % (2 * args.patch_size)):
+        return Schedule(((0.0, base),))
+    if args.schedule == 'two-stage':
+        return Schedule(((0.0, Compression(2 * args.patch_size)), (0.7, base)))
+    if not args.schedule.endswith('.json'):
+        return Schedule.parse(args.schedule).map(Compression.parse)
+    path = Path(args.schedule)
+    if not path.is_file():
+        raise FileNotFoundError(f'no schedule at {path}; --schedule takes two-stage, none, p8-drop0.50, p8@0,p4@0.7, auto or a JSON file')
+    return Schedule.from_json(path.read_text()).map(Compression.parse)
+
+
+def build_grid(args):
+    """The strategies whose gradient is measured, the base one first."""
+    base = Compression(args.patch_size)
+    if args.grid:
+        return list(dict.fromkeys([base, *map(Compression.parse, args.grid.split(','))]))
+    sizes = [p for p in range(args.patch_size, 4 * args.patch_size + 1) if args.img_size % p == 0 and p < args.img_size]
+    return [Compression(p, rate) for p in sizes or [args.patch_size] for rate in (0.0, 0.5)]
+
+
+def plan_auto(args, grid, cost, budget):
+    """When auto measures, and with how many batches: ([progress, ...], batches), within its share of the budget.
+
+    Up to 5 moments of up to 32 batches, fewer moments before fewer than 4 batches: two groups of two are the least
+    that gives an error bar. ([], 0) when the share does not pay for that.
+    """
+    affordable = int(args.auto_share * budget / (args.batch_size * sum(cost[c] for c in grid)))
+    count = min(5, affordable // 4)
+    return [i / count for i in range(count)], min(32, affordable // count // 4 * 4) if count else 0
 
 
 def build_optimizer(method, args, device):
@@ -201,6 +245,73 @@ def clip_each(parameters, largest):
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
     torch._foreach_mul_(grads, list((largest / (norms + 1e-6)).clamp(max=1).unbind()))
+
+
+# ---------------------------------------------------------------- gradient errors
+
+class Probe:
+    """Gradients of the loss for gradstats, on batches, views and token draws of their own, that change no state."""
+
+    def __init__(self, args, method, optimizer, data, views, sides, device, rank, world, autocast):
+        self.args, self.method, self.optimizer, self.data = args, method, optimizer, data
+        self.views, self.sides, self.device, self.rank, self.world, self.autocast = views, sides, device, rank, world, autocast
+        self.trainable = [p for p in method.parameters() if p.requires_grad]
+
+    def gradient(self, images, strategy, key):
+        """Flat gradient over all trainable parameters, that of the joined batch of all processes."""
+        generator = datasets.keyed_generator(self.args.seed, self.rank, 'probe', *key, device=self.device)
+        views = datasets.make_views(images, self.views, self.sides(strategy), generator)
+        views = [datasets.normalize(view, self.data.mean, self.data.std) for view in views]
+        with self.autocast:
+            loss, _ = self.method(views, strategy.patch_size, strategy.drop_rate, generator)
+        gradients = torch.autograd.grad(loss, self.trainable)
+        return losses.mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
+
+    def scale(self, metric):
+        """What each coordinate is multiplied by: 1, or 1 / sqrt(v) of Adam, whose steps it makes comparable."""
+        if metric == 'euclidean':
+            return 1.0
+        eps, beta2 = self.optimizer.defaults['eps'], self.optimizer.defaults['betas'][1]
+        states = [self.optimizer.state[p] for p in self.trainable]
+        return torch.cat([1 / ((s['exp_avg_sq'] / (1 - beta2 ** s['step'].to(self.device))).sqrt() + eps).flatten() for s in states])
+
+    def batches(self, count, step):
+        """Random images, the same for every strategy: pairs (number, batch)."""
+        share = self.args.batch_size // self.world
+        keys = []
+        for i in range(count):
+            order = torch.randperm(len(self.data), generator=datasets.keyed_generator(self.args.seed, 'probe order', step, i))
+            keys.append([(f'probe {step}', index) for index in order[self.rank * share:(self.rank + 1) * share].tolist()])
+        return self.data.batches(keys, self.views, self.sides(Compression(self.args.patch_size)), self.args.seed, self.device, 0)
+
+    def measure(self, grid, count, groups, step, metric):
+        """{strategy: GradStats} against the base strategy. BatchNorm's buffers are put back afterwards."""
+        kept = [buffer.clone() for buffer in self.method.buffers()]
+        batches, scale, current = self.batches(count, step), self.scale(metric), {}
+
+        def grad_fn(i, strategy):
+            if i not in current:
+                current.clear()
+                current[i] = next(batches)
+            return self.gradient(current[i], strategy, (step, i)) * scale
+        stats = gradient_stats(grad_fn, grid, Compression(self.args.patch_size), range(count), groups)
+        for buffer, value in zip(self.method.buffers(), kept):
+            buffer.copy_(value)
+        self.method.batch_center = None
+        return stats
+
+    def seconds(self, grid, repeats=5):
+        """{strategy: median seconds of a gradient}, measured in turns after a warm-up."""
+        kept = [buffer.clone() for buffer in self.method.buffers()]
+        images, times = next(self.batches(1, 'cost')), {c: [] for c in grid}
+        for i in range(repeats + 1):
+            for c in grid:
+                start = time.perf_counter()
+                self.gradient(images, c, ('cost', i))[0].item()
+                times[c].append(time.perf_counter() - start)
+        for buffer, value in zip(self.method.buffers(), kept):
+            buffer.copy_(value)
+        return {c: statistics.median(values[1:]) for c, values in times.items()}
 
 
 # ---------------------------------------------------------------- files of a run
@@ -252,6 +363,16 @@ def collapse_warning(metrics, outputs):
     return None
 
 
+def choose(stages, rows, progress, base, horizon):
+    """The stages so far and, from `progress` on, the strategy with the lowest CA-MSE, ties to the cheaper."""
+    if rows[0]['norm2'] <= 0:  # the true gradient is lost in noise: nothing to go by
+        return stages or [(0.0, base)]
+    best = Compression.parse(solve(rows, horizon=horizon).stages[0][1])
+    if stages and best == stages[-1][1]:
+        return stages
+    return [*stages, (progress, best)]
+
+
 def train(args, checkpoint):
     # ---- processes and device
     distributed = 'WORLD_SIZE' in os.environ
@@ -283,11 +404,12 @@ def train(args, checkpoint):
     encoder = build_encoder(args, data.channels)
     method = build_method(args, encoder).to(device)
     base = Compression(args.patch_size)
-    schedule = build_schedule(args)
-    for _, compression in schedule.stages:
+    schedule, grid = build_schedule(args), build_grid(args)
+    points = Schedule.points(args.gradstats) if args.gradstats else []
+    used = list(dict.fromkeys([base, *grid, *(c for _, c in schedule.stages)] if schedule else [base, *grid]))
+    for compression in used:
         encoder.grid(args.img_size, args.img_size, compression.patch_size)  # refuses a patch size that does not fit
-    cost = {c: sample_cost(args.method, encoder.sizes, c, base, **method.cost_settings)
-            for c in {base, *(c for _, c in schedule.stages)}}
+    analytic = {c: sample_cost(args.method, encoder.sizes, c, base, **method.cost_settings) for c in used}
     budget = args.epochs * len(data) if args.epochs else args.budget * 1e6
 
     def sides(compression):
@@ -313,12 +435,28 @@ def train(args, checkpoint):
 
     keys = datasets.batch_keys(len(data), args.batch_size, args.seed, checkpoint['step'] if checkpoint else 0, rank, world)
 
+    # ---- what a sample costs, when auto measures
+    probe = Probe(args, method, optimizer, data, views, sides, device, rank, world, autocast)
+    cost = analytic
+    if checkpoint:
+        cost = {c: checkpoint['cost'][str(c)] for c in used}
+    elif args.cost == 'measured':
+        seconds = probe.seconds(used)
+        cost = {c: losses.mean_over_ranks(torch.tensor(seconds[c] / seconds[base], device=device)).item() for c in used}
+    moments, auto_batches = plan_auto(args, grid, cost, budget) if schedule is None else ([], 0)
+    if schedule is None and not moments:
+        raise ValueError(f'--auto-share {args.auto_share:g} of {budget:,.0f} units does not pay for 4 batches of each of {len(grid)} strategies, '
+                         f'{4 * args.batch_size * sum(cost[c] for c in grid):,.0f} units; raise --budget or --auto-share, or shorten --grid')
+    stages = list(schedule.stages) if schedule else []
+
     # ---- resume
     step, spent, samples, next_eval, next_save = 0, 0.0, 0, 0.0, args.save_every
     if checkpoint:
         method.load_state_dict(checkpoint['method'])
         optimizer.load_state_dict(checkpoint['optimizer'])
         step, spent, samples, next_eval, next_save = (checkpoint[key] for key in COUNTERS)
+        points, moments = checkpoint['points'], checkpoint['moments']
+        stages = [(start, Compression.parse(name)) for start, name in checkpoint['stages']]
         folder = Path(args.resume)
         if spent >= budget:
             raise ValueError(f'{folder} has spent its budget of {budget / 1e6:g}M units; start a new run for a longer one')
@@ -336,9 +474,13 @@ def train(args, checkpoint):
     say(f'encoder   {sum(p.numel() for p in encoder.parameters()):,} parameters, width {encoder.embed_dim}, depth '
         f'{encoder.sizes["depth"]}, {encoder.sizes["num_heads"]} heads, patch size {args.patch_size}, '
         f'{encoder.base_grid[0] * encoder.base_grid[1]} patches')
-    say('cost      ' + ', '.join(f'{c}: {cost[c]:.3f}' for c in sorted(cost, key=cost.get)) + ' units per sample')
-    say(f'budget    {budget:,.0f} units ({budget / len(data):.1f} uncompressed epochs; {budget * unit / forward / 1e6:.2f}M '
-        f'bare forward passes), schedule {schedule}')
+    shown = used if schedule is None or points else [base, *(c for _, c in schedule.stages)]
+    say('cost      ' + ', '.join(f'{c} {cost[c]:.3f}' for c in sorted(set(shown), key=cost.get)) + f' units per sample ({args.cost})')
+    say(f'budget    {budget:,.0f} units ({budget / len(data):.1f} uncompressed epochs; {budget * unit / forward / 1e6:.2f}M bare forward passes)')
+    if schedule is not None:
+        say(f'schedule  {schedule}')
+    else:
+        say(f'schedule  auto: measures {auto_batches} batches of each strategy at {", ".join(f"{100 * p:.0f} %" for p in moments)} of the budget')
     say(f'optimizer AdamW, peak learning rate {peak_lr:.2e} = {args.lr:g} x {args.batch_size} / 256, {args.lr_schedule}')
     say(f'loss      {method.chance_loss(args.batch_size):.3f} is chance: all features equal, or uniform outputs')
     if not scored:
@@ -355,13 +497,25 @@ def train(args, checkpoint):
 
     def state():
         counters = dict(zip(COUNTERS, (step, spent, samples, next_eval, next_save)))
-        return dict(method=method.state_dict(), optimizer=optimizer.state_dict(), args=vars(args), **counters)
+        return dict(method=method.state_dict(), optimizer=optimizer.state_dict(), args=vars(args), points=points, moments=moments,
+                    stages=[(start, str(c)) for start, c in stages], cost={str(c): value for c, value in cost.items()}, **counters)
 
     def save_run():
         if main_process:
             save(state(), folder / 'checkpoint.pt')
             save(dict(model=method.encoder.state_dict(), sizes=encoder.sizes, mean=data.mean, std=data.std,
                       dataset=args.dataset), folder / 'backbone.pt')
+
+    def measure(progress, grid, count, groups, metric):
+        """Rows of gradstats.jsonl, one per strategy, appended to it."""
+        stats = probe.measure(grid, count, groups, step, metric)
+        rows = [dict(progress=progress, strategy=str(c), patch_size=c.patch_size, drop_rate=c.drop_rate, cost=cost[c],
+                     cost_analytic=analytic[c], **dataclasses.asdict(s), metric=metric, method=args.method, symmetric=args.symmetric,
+                     temperature=args.temperature, batch_size=args.batch_size, step=step, units=spent) for c, s in stats.items()]
+        if main_process:
+            with open(folder / 'gradstats.jsonl', 'a') as file:
+                file.writelines(json.dumps(row) + '\n' for row in rows)
+        return rows
 
     def score(when):
         if main_process and scored:  # the bare encoder, so that no other process is waited for
@@ -394,8 +548,22 @@ def train(args, checkpoint):
             cold, warm = args.teacher_temp
             method.teacher_temp = cold + (warm - cold) * warmup(progress, 0.3)
 
-        # compression for this step
-        compression = schedule.at(progress)
+        # gradient errors, where they are asked for
+        if points and progress >= points[0]:
+            for metric in args.metric:
+                measure(points[0], grid, args.probe_batches, 4, metric)
+            points = points[1:]
+            clock = time.perf_counter()
+
+        # compression for this step; auto measures where the run is now, and never goes back to a cheaper strategy
+        if moments and progress >= moments[0]:
+            candidates = [c for c in grid if c == base or not stages or cost[c] >= cost[stages[-1][1]]]
+            rows = measure(progress, candidates, auto_batches, 2, args.metric[0])
+            spent += auto_batches * args.batch_size * sum(cost[c] for c in candidates)
+            stages, moments = choose(stages, rows, progress, base, args.horizon), moments[1:]
+            tqdm.write(f'{100 * progress:.0f} % of the budget: {stages[-1][1]} has the lowest cost-adjusted gradient error') if main_process else None
+            clock = time.perf_counter()
+        compression = Schedule(tuple(stages)).at(progress)
 
         # views
         generator = datasets.keyed_generator(args.seed, rank, step, device=device)
@@ -455,6 +623,12 @@ def train(args, checkpoint):
             return
 
     bar.close()
+    if points:  # those at the very end
+        for metric in args.metric:
+            measure(points[0], grid, args.probe_batches, 4, metric)
+        points = []
+    if schedule is None and main_process:
+        save(Schedule(tuple(stages)).to_json(), folder / 'schedule.json')
     save_run()
     score('end')
     say(f'{step} steps, {samples:,} samples for {spent:,.0f} units in {seconds:.0f} s, {100 * seconds_data / seconds:.0f} % of them '

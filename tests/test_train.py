@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 import os
@@ -163,6 +164,114 @@ def test_without_compile_and_with(run):
     assert a == pytest.approx(b, abs=1e-3)
 
 
+# ---- gradient errors and auto
+
+def digest(value):
+    if torch.is_tensor(value):
+        return hashlib.sha256(value.detach().numpy().tobytes()).hexdigest()
+    if isinstance(value, dict):
+        return {k: digest(v) for k, v in value.items()}
+    return [digest(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+@pytest.mark.parametrize('method', ('moco', 'simclr', 'dino'))
+def test_measuring_changes_nothing_in_the_run(run, method):
+    flags = ['--method', method, '--budget', '0.0003', '--schedule', 'p8@0,p4@0.5']
+    runs = run(*flags, '--name', 'plain')
+    run(*flags, '--name', 'measured', '--gradstats', '0,0.5,1', '--probe-batches', 8, '--grid', 'p8,p4-drop0.50', '--metric', 'euclidean')
+    a, b = (torch.load(runs / name / 'checkpoint.pt', weights_only=True) for name in ('plain', 'measured'))
+    for part in ('method', 'optimizer', *train.COUNTERS):
+        assert digest(a[part]) == digest(b[part]), part
+    losses = [[line['loss'] for line in log_of(runs / name) if 'loss' in line] for name in ('plain', 'measured')]
+    assert losses[0] == losses[1]
+    rows = [json.loads(line) for line in (runs / 'measured' / 'gradstats.jsonl').read_text().splitlines()]
+    assert [(row['progress'], row['strategy']) for row in rows] == [(p, s) for p in (0, 0.5, 1) for s in ('p4', 'p8', 'p4-drop0.50')]
+    assert all(row['variance'] > 0 and row['num_batches'] == 8 and row['batch_size'] == 16 for row in rows)
+
+
+def test_probe_leaves_module_optimizer_and_generators_alone(run, monkeypatch):
+    """Everything is hashed before and after each measurement."""
+    original, seen = train.Probe.measure, []
+
+    def state(probe):
+        return digest([probe.method.state_dict(), probe.optimizer.state_dict(), torch.get_rng_state(),
+                       [p.grad for p in probe.method.parameters() if p.grad is not None]])
+
+    def hashed(probe, *a):
+        before = state(probe)
+        result = original(probe, *a)
+        seen.append(before == state(probe) and getattr(probe.method, 'batch_center', None) is None)
+        return result
+    monkeypatch.setattr(train.Probe, 'measure', hashed)
+    run('--method', 'dino', '--budget', '0.0003', '--schedule', 'p8', '--gradstats', '0.3,0.6', '--probe-batches', 8, '--metric', 'euclidean', 'adam')
+    assert seen == [True] * 4
+
+
+def test_probe_gradient_is_that_of_a_training_step(run, monkeypatch):
+    """At step 0 the probe's mean gradient of the base strategy is the backward pass's, on the same batch."""
+    captured = {}
+    original = train.Probe.measure
+
+    def check_it(probe, grid, count, groups, step, metric):
+        images = next(probe.batches(1, step))
+        flat = probe.gradient(images, train.Compression(4), (step, 0))
+        generator = train.datasets.keyed_generator(0, 0, 'probe', step, 0)
+        views = [train.datasets.normalize(v, probe.data.mean, probe.data.std)
+                 for v in train.datasets.make_views(images, probe.views, probe.sides(train.Compression(4)), generator)]
+        probe.method(views, 4, 0.0, generator)[0].backward()
+        captured['equal'] = torch.equal(flat, torch.cat([p.grad.flatten() for p in probe.trainable]))
+        probe.method.zero_grad()
+        return original(probe, grid, count, groups, step, metric)
+    monkeypatch.setattr(train.Probe, 'measure', check_it)
+    run('--budget', '0.0001', '--schedule', 'none', '--gradstats', '0', '--probe-batches', 8)
+    assert captured['equal']
+
+
+def test_auto_measures_within_its_share_and_resumes_bit_exactly(run):
+    flags = ['--schedule', 'auto', '--budget', '0.006', '--auto-share', '0.1', '--grid', 'p8,p8-drop0.50']
+    runs = run(*flags, '--name', 'whole')
+    run(*flags, '--name', 'parts', '--max-steps', 40)
+    run('--resume', runs / 'parts', small=False)
+    whole, parts = (torch.load(runs / name / 'checkpoint.pt', weights_only=True) for name in ('whole', 'parts'))
+    assert digest(whole['method']) == digest(parts['method']) and whole['units'] == parts['units'] and whole['stages'] == parts['stages']
+    rows = [json.loads(line) for line in (runs / 'whole' / 'gradstats.jsonl').read_text().splitlines()]
+    measured = sum(row['cost'] * row['num_batches'] * 16 for row in rows)
+    assert 0.03 * 6000 < measured <= 0.1 * 6000
+    steps = [line for line in log_of(runs / 'whole') if 'loss' in line]
+    costs = {(row['patch_size'], row['drop_rate']): row['cost'] for row in rows}
+    trained = [costs[line['patch_size'], line['drop_rate']] for line in steps]
+    assert sum(trained) * 16 + measured == pytest.approx(whole['units'])  # the measuring is paid from the budget
+    assert trained == sorted(trained)  # never back to a cheaper strategy
+    assert json.loads((runs / 'whole' / 'schedule.json').read_text())['stages'] == [list(stage) for stage in whole['stages']]
+    assert run('--schedule', runs / 'whole' / 'schedule.json', '--budget', '0.0001')
+
+
+def test_auto_chooses_the_lowest_error():
+    from compress import Compression
+    base = Compression(4)
+    rows = [dict(progress=0.3, strategy=s, cost=c, bias2=b, bias2_sem=0.0, variance=1.0, variance_sem=0.0, norm2=1.0)
+            for s, c, b in (('p4', 1.0, 0.0), ('p8', 0.3, 0.1), ('p8-drop0.50', 0.2, 2.0))]
+    assert train.choose([], rows, 0.0, base, 1) == [(0.0, Compression(8))]
+    assert train.choose([(0.0, Compression(8))], rows, 0.3, base, 1) == [(0.0, Compression(8))]
+    assert train.choose([(0.0, Compression(8))], rows, 0.3, base, 20) == [(0.0, Compression(8)), (0.3, base)]
+    rows[0]['norm2'] = -1.0
+    assert train.choose([(0.0, Compression(8))], rows, 0.3, base, 1) == [(0.0, Compression(8))] and train.choose([], rows, 0, base, 1) == [(0.0, base)]
+
+
+def test_default_schedule_follows_the_base_patch_size(run):
+    runs = run('--budget', '0.0002', '--name', 'a')
+    assert {line['patch_size'] for line in log_of(runs / 'a') if 'loss' in line} == {8, 4}
+    run('--budget', '0.0001', '--name', 'b', '--patch-size', 16)
+    assert {line['patch_size'] for line in log_of(runs / 'b') if 'loss' in line} == {16}
+
+
+def test_measured_cost(run):
+    runs = run('--budget', '0.0002', '--schedule', 'p8', '--cost', 'measured', '--name', 'a', '--gradstats', '0', '--probe-batches', 8)
+    rows = [json.loads(line) for line in (runs / 'a' / 'gradstats.jsonl').read_text().splitlines()]
+    assert rows[0]['cost'] == rows[0]['cost_analytic'] == 1
+    assert all(row['cost'] > 0 for row in rows) and any(row['cost'] != row['cost_analytic'] for row in rows)
+
+
 # ---- bad input: one line that names the value and the fix
 
 @pytest.mark.parametrize('flags, message', [
@@ -174,7 +283,8 @@ def test_without_compile_and_with(run):
     (['--batch-size', '1'], 'batch size 1 cannot'), (['--num-heads', '5'], '5 heads do not divide width 32'), (['--lr', 'nan'], '--lr nan'),
     (['--budget', '0'], '--budget 0.0 must be above 0'), (['--warmup', '1.5'], '--warmup 1.5'), (['--data-root', 'nowhere'], 'not in nowhere'),
     (['--dataset', 'folder', '--data-root', 'nowhere'], 'no folder nowhere'), (['--resume', 'nowhere'], 'no checkpoint at nowhere'),
-    (['--device', 'gpu'], 'gpu'), (['--device', 'mps'], '--device mps is not there'),
+    (['--gradstats', '0,2'], "'0,2' is not a list"), (['--grid', 'p5'], 'patch size 5 does not divide'), (['--probe-batches', '9'], '--probe-batches 9'),
+    (['--auto-share', '0'], '--auto-share 0.0'), (['--schedule', 'auto', '--budget', '0.001'], 'does not pay for 4 batches'), (['--device', 'gpu'], 'gpu'), (['--device', 'mps'], '--device mps is not there'),
 ])
 def test_bad_input(run, capsys, tmp_path, flags, message):
     assert message in fails(capsys, lambda: run(*flags))
@@ -219,7 +329,7 @@ def test_collapse_is_said_in_plain_words():
     assert train.collapse_warning(dict(feature_spread=0.5, teacher_entropy=3.0), 512) is None
 
 
-@pytest.mark.parametrize('leaf', ('compress', 'vit', 'losses', 'schedule', 'data'))
+@pytest.mark.parametrize('leaf', ('compress', 'vit', 'losses', 'gradstats', 'schedule', 'data'))
 def test_leaf_copied_alone_checks_itself(leaf, tmp_path):
     shutil.copy(CODE / f'{leaf}.py', tmp_path)
     if leaf == 'vit':
