@@ -7,6 +7,7 @@ Everything after -- goes to train.py. A run that has finished is not run again, 
 where it was. --jobs N runs N at a time, each with one thread. The table is printed, and written with the command
 to experiments/results/NAME.md.
 
+budgets     MoCo-v3, uncompressed and compressed, over budgets (paper: accuracy over budget)
 objectives  MoCo-v3, SimCLR, DINO: uncompressed and compressed (paper: table of NN, LP, FT, ImageNet-1k)
 constants   constant patch sizes, constant drop rates, the stages of the default (paper: curves over the budget)
 decay       cosine and polynomial learning-rate decay (paper: polynomial suits short budgets)
@@ -23,10 +24,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = {
+    'budgets': [(schedule, ['--schedule', schedule]) for schedule in ('none', 'two-stage')],
     'objectives': [(f'{method} {schedule}', ['--method', method, '--schedule', schedule])
-                   for method in ('moco', 'simclr', 'dino') for schedule in ('none', 'p8@0,p4@0.7')],
+                   for method in ('moco', 'simclr', 'dino') for schedule in ('none', 'two-stage')],
     'constants': [(schedule, ['--schedule', schedule]) for schedule in
-                  ('none', 'p4-drop0.50', 'p4-drop0.75', 'p8', 'p8-drop0.50', 'p16', 'p8@0,p4@0.7')],
+                  ('none', 'p4-drop0.50', 'p4-drop0.75', 'p8', 'p8-drop0.50', 'p16', 'two-stage')],
     'decay': [(f'{schedule} {decay}', ['--schedule', schedule, '--lr-schedule', decay])
               for schedule in ('none', 'p8') for decay in ('cosine', 'polynomial')],
 }
@@ -44,7 +46,7 @@ def train(name, flags, threads):
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     scores = [line for line in lines if 'knn' in line]
     steps = [line for line in lines if 'loss' in line]
-    if scores[-1]['progress'] < 1:
+    if not scores or scores[-1]['progress'] < 1:
         sys.exit(f'runs/{name} has not finished; resume or remove it')
     return dict(random=scores[0]['knn'], nn=scores[-1]['nn'], knn=scores[-1]['knn'], samples=steps[-1]['samples'], seconds=steps[-1]['seconds'])
 
