@@ -48,6 +48,7 @@ METHOD_DEFAULTS = dict(
     dino=dict(out_dim=4096, temperature=0.1, symmetric=True, momentum=0.996, weight_decay=0.04, weight_decay_end=0.4,
               clip_grad=3.0),
 )
+COUNTERS = ('step', 'units', 'samples', 'next_eval', 'next_save', 'seconds', 'seconds_data')  # of a checkpoint
 CHANGEABLE = {'resume', 'device', 'workers', 'compile', 'max_steps'}  # flags that a resumed run may set anew
 
 
@@ -338,6 +339,12 @@ def load_checkpoint(path):
         raise ValueError(f'{path} cannot be read, it is truncated or no checkpoint: {str(error).splitlines()[0]}') from None
 
 
+def forget_after(path, step):
+    """Drops the lines of steps after the checkpoint's, which a resumed run takes again."""
+    if path.exists():
+        save(''.join(line for line in path.read_text().splitlines(True) if json.loads(line)['step'] <= step), path)
+
+
 def new_folder(args):
     if args.name:
         folder = Path('runs') / args.name
@@ -406,7 +413,10 @@ def train(args, checkpoint):
     base = Compression(args.patch_size)
     schedule, grid = build_schedule(args), build_grid(args)
     points = Schedule.points(args.gradstats) if args.gradstats else []
-    used = list(dict.fromkeys([base, *grid, *(c for _, c in schedule.stages)] if schedule else [base, *grid]))
+    if 'adam' in args.metric and (0 in points or (schedule is None and args.metric[0] == 'adam')):
+        raise ValueError('--metric adam: Adam has no second moment at progress 0; start --gradstats later, and auto with euclidean')
+    measured = grid if schedule is None or points or args.grid else []
+    used = list(dict.fromkeys([base, *measured, *(c for _, c in (schedule.stages if schedule else ()))]))
     for compression in used:
         encoder.grid(args.img_size, args.img_size, compression.patch_size)  # refuses a patch size that does not fit
     analytic = {c: sample_cost(args.method, encoder.sizes, c, base, **method.cost_settings) for c in used}
@@ -441,8 +451,8 @@ def train(args, checkpoint):
     if checkpoint:
         cost = {c: checkpoint['cost'][str(c)] for c in used}
     elif args.cost == 'measured':
-        seconds = probe.seconds(used)
-        cost = {c: losses.mean_over_ranks(torch.tensor(seconds[c] / seconds[base], device=device)).item() for c in used}
+        timed = probe.seconds(used)
+        cost = {c: losses.mean_over_ranks(torch.tensor(timed[c] / timed[base], device=device)).item() for c in used}
     moments, auto_batches = plan_auto(args, grid, cost, budget) if schedule is None else ([], 0)
     if schedule is None and not moments:
         raise ValueError(f'--auto-share {args.auto_share:g} of {budget:,.0f} units does not pay for 4 batches of each of {len(grid)} strategies, '
@@ -450,16 +460,19 @@ def train(args, checkpoint):
     stages = list(schedule.stages) if schedule else []
 
     # ---- resume
-    step, spent, samples, next_eval, next_save = 0, 0.0, 0, 0.0, args.save_every
+    step, spent, samples, next_eval, next_save, seconds, seconds_data = 0, 0.0, 0, 0.0, args.save_every, 0.0, 0.0
     if checkpoint:
         method.load_state_dict(checkpoint['method'])
         optimizer.load_state_dict(checkpoint['optimizer'])
-        step, spent, samples, next_eval, next_save = (checkpoint[key] for key in COUNTERS)
+        step, spent, samples, next_eval, next_save, seconds, seconds_data = (checkpoint[key] for key in COUNTERS)
         points, moments = checkpoint['points'], checkpoint['moments']
         stages = [(start, Compression.parse(name)) for start, name in checkpoint['stages']]
         folder = Path(args.resume)
         if spent >= budget:
             raise ValueError(f'{folder} has spent its budget of {budget / 1e6:g}M units; start a new run for a longer one')
+        if main_process:
+            for name in ('log.jsonl', 'gradstats.jsonl'):
+                forget_after(folder / name, step)
     else:
         folder = new_folder(args) if main_process else None
 
@@ -474,8 +487,7 @@ def train(args, checkpoint):
     say(f'encoder   {sum(p.numel() for p in encoder.parameters()):,} parameters, width {encoder.embed_dim}, depth '
         f'{encoder.sizes["depth"]}, {encoder.sizes["num_heads"]} heads, patch size {args.patch_size}, '
         f'{encoder.base_grid[0] * encoder.base_grid[1]} patches')
-    shown = used if schedule is None or points else [base, *(c for _, c in schedule.stages)]
-    say('cost      ' + ', '.join(f'{c} {cost[c]:.3f}' for c in sorted(set(shown), key=cost.get)) + f' units per sample ({args.cost})')
+    say('cost      ' + ', '.join(f'{c} {cost[c]:.3f}' for c in sorted(used, key=cost.get)) + f' units per sample ({args.cost})')
     say(f'budget    {budget:,.0f} units ({budget / len(data):.1f} uncompressed epochs; {budget * unit / forward / 1e6:.2f}M bare forward passes)')
     if schedule is not None:
         say(f'schedule  {schedule}')
@@ -496,7 +508,7 @@ def train(args, checkpoint):
             log.flush()
 
     def state():
-        counters = dict(zip(COUNTERS, (step, spent, samples, next_eval, next_save)))
+        counters = dict(zip(COUNTERS, (step, spent, samples, next_eval, next_save, seconds, seconds_data)))
         return dict(method=method.state_dict(), optimizer=optimizer.state_dict(), args=vars(args), points=points, moments=moments,
                     stages=[(start, str(c)) for start, c in stages], cost={str(c): value for c, value in cost.items()}, **counters)
 
@@ -530,7 +542,7 @@ def train(args, checkpoint):
                bar_format='{percentage:3.0f}% |{bar:10}| {n_fmt}/{total_fmt} units, {elapsed}<{remaining} {postfix}')
     batches = data.batches(keys, views, sides(base), args.seed, device, args.workers)
     trainable = [p for p in method.parameters() if p.requires_grad]
-    seconds, seconds_data, clock, warned = 0.0, 0.0, time.perf_counter(), set()
+    clock, warned = time.perf_counter(), set()
     while spent < budget:
         if spent / budget >= next_eval:
             score('random network' if step == 0 else f'{100 * spent / budget:.0f} % of the budget')
@@ -561,7 +573,8 @@ def train(args, checkpoint):
             rows = measure(progress, candidates, auto_batches, 2, args.metric[0])
             spent += auto_batches * args.batch_size * sum(cost[c] for c in candidates)
             stages, moments = choose(stages, rows, progress, base, args.horizon), moments[1:]
-            tqdm.write(f'{100 * progress:.0f} % of the budget: {stages[-1][1]} has the lowest cost-adjusted gradient error') if main_process else None
+            if main_process:
+                tqdm.write(f'{100 * progress:.0f} % of the budget: {stages[-1][1]} has the lowest cost-adjusted gradient error')
             clock = time.perf_counter()
         compression = Schedule(tuple(stages)).at(progress)
 
@@ -623,19 +636,16 @@ def train(args, checkpoint):
             return
 
     bar.close()
-    if points:  # those at the very end
+    for point in points:  # those at the very end
         for metric in args.metric:
-            measure(points[0], grid, args.probe_batches, 4, metric)
-        points = []
+            measure(point, grid, args.probe_batches, 4, metric)
+    points = []
     if schedule is None and main_process:
         save(Schedule(tuple(stages)).to_json(), folder / 'schedule.json')
     save_run()
     score('end')
     say(f'{step} steps, {samples:,} samples for {spent:,.0f} units in {seconds:.0f} s, {100 * seconds_data / seconds:.0f} % of them '
         f'waiting for data; python eval.py --weights {folder}/backbone.pt scores it again')
-
-
-COUNTERS = ('step', 'units', 'samples', 'next_eval', 'next_save')
 
 
 def main(argv=None):

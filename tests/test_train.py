@@ -180,7 +180,7 @@ def test_measuring_changes_nothing_in_the_run(run, method):
     runs = run(*flags, '--name', 'plain')
     run(*flags, '--name', 'measured', '--gradstats', '0,0.5,1', '--probe-batches', 8, '--grid', 'p8,p4-drop0.50', '--metric', 'euclidean')
     a, b = (torch.load(runs / name / 'checkpoint.pt', weights_only=True) for name in ('plain', 'measured'))
-    for part in ('method', 'optimizer', *train.COUNTERS):
+    for part in ('method', 'optimizer', *train.COUNTERS[:-2]):
         assert digest(a[part]) == digest(b[part]), part
     losses = [[line['loss'] for line in log_of(runs / name) if 'loss' in line] for name in ('plain', 'measured')]
     assert losses[0] == losses[1]
@@ -228,15 +228,15 @@ def test_probe_gradient_is_that_of_a_training_step(run, monkeypatch):
 
 
 def test_auto_measures_within_its_share_and_resumes_bit_exactly(run):
-    flags = ['--schedule', 'auto', '--budget', '0.006', '--auto-share', '0.1', '--grid', 'p8,p8-drop0.50']
+    flags = ['--schedule', 'auto', '--budget', '0.0024', '--auto-share', '0.1', '--grid', 'p8,p8-drop0.50']
     runs = run(*flags, '--name', 'whole')
-    run(*flags, '--name', 'parts', '--max-steps', 40)
+    run(*flags, '--name', 'parts', '--max-steps', 30)
     run('--resume', runs / 'parts', small=False)
     whole, parts = (torch.load(runs / name / 'checkpoint.pt', weights_only=True) for name in ('whole', 'parts'))
     assert digest(whole['method']) == digest(parts['method']) and whole['units'] == parts['units'] and whole['stages'] == parts['stages']
     rows = [json.loads(line) for line in (runs / 'whole' / 'gradstats.jsonl').read_text().splitlines()]
     measured = sum(row['cost'] * row['num_batches'] * 16 for row in rows)
-    assert 0.03 * 6000 < measured <= 0.1 * 6000
+    assert 0.03 * 2400 < measured <= 0.1 * 2400
     steps = [line for line in log_of(runs / 'whole') if 'loss' in line]
     costs = {(row['patch_size'], row['drop_rate']): row['cost'] for row in rows}
     trained = [costs[line['patch_size'], line['drop_rate']] for line in steps]
@@ -284,7 +284,7 @@ def test_measured_cost(run):
     (['--budget', '0'], '--budget 0.0 must be above 0'), (['--warmup', '1.5'], '--warmup 1.5'), (['--data-root', 'nowhere'], 'not in nowhere'),
     (['--dataset', 'folder', '--data-root', 'nowhere'], 'no folder nowhere'), (['--resume', 'nowhere'], 'no checkpoint at nowhere'),
     (['--gradstats', '0,2'], "'0,2' is not a list"), (['--grid', 'p5'], 'patch size 5 does not divide'), (['--probe-batches', '9'], '--probe-batches 9'),
-    (['--auto-share', '0'], '--auto-share 0.0'), (['--schedule', 'auto', '--budget', '0.001'], 'does not pay for 4 batches'), (['--device', 'gpu'], 'gpu'), (['--device', 'mps'], '--device mps is not there'),
+    (['--auto-share', '0'], '--auto-share 0.0'), (['--metric', 'adam', '--gradstats', '0'], 'no second moment at progress 0'), (['--schedule', 'auto', '--budget', '0.001'], 'does not pay for 4 batches'), (['--device', 'gpu'], 'gpu'), (['--device', 'mps'], '--device mps is not there'),
 ])
 def test_bad_input(run, capsys, tmp_path, flags, message):
     assert message in fails(capsys, lambda: run(*flags))
