@@ -91,9 +91,10 @@ def resize_matrix(old, new, interpolation='bilinear', antialias=False):
 
 
 @lru_cache(maxsize=None)
-def _pi_matrix(old, new, interpolation, antialias):
+def _pi_matrix(old, new, interpolation, antialias, device, dtype):
     with torch.inference_mode(False):
-        return torch.linalg.pinv(resize_matrix(old, new, interpolation, antialias).T)  # (q*q, p*p), float64
+        matrix = torch.linalg.pinv(resize_matrix(old, new, interpolation, antialias).T)  # (q*q, p*p), float64
+        return matrix.to(device=device, dtype=dtype)
 
 
 def pi_resize(kernel, new_size, interpolation='bilinear', antialias=False):
@@ -107,7 +108,7 @@ def pi_resize(kernel, new_size, interpolation='bilinear', antialias=False):
     if new_size == old_size:
         return kernel
     wide = torch.promote_types(kernel.dtype, torch.float32)
-    matrix = _pi_matrix(old_size, new_size, interpolation, antialias).to(device=kernel.device, dtype=wide)
+    matrix = _pi_matrix(old_size, new_size, interpolation, antialias, kernel.device, wide)
     with torch.autocast(kernel.device.type, enabled=False):
         resized = rearrange(kernel.to(wide), 'd c y x -> d c (y x)') @ matrix.T
     return rearrange(resized, 'd c (y x) -> d c y x', y=new_size).to(kernel.dtype)

@@ -405,8 +405,11 @@ class Decoder(torch.utils.data.Dataset):
             i = (index + attempt) % len(self.paths)
             try:
                 with Image.open(self.paths[i]) as image:
-                    return self.views_of(image.convert('RGB'), (epoch, i)), self.labels[i], unreadable
-            except (OSError, ValueError, SyntaxError) as error:  # PIL's for damaged files
+                    if image.mode.startswith('I'):  # 16 bits a pixel, which convert() would cut off at 255
+                        image = image.point(lambda value: value * (1 / 257)).convert('L')
+                    label = torch.tensor(-1) if unreadable else self.labels[i]  # a replacement has no label
+                    return self.views_of(image.convert('RGB'), (epoch, i)), label, unreadable
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's for damaged files
                 unreadable.append(f'{self.paths[i]}: {error}')
         raise ValueError(f'100 images in a row cannot be read, the last: {unreadable[-1]}')
 
@@ -417,8 +420,8 @@ class Decoder(torch.utils.data.Dataset):
 
 
 class FolderImages:
-    """Any tree of images. ROOT/train and ROOT/val (or ROOT/test) if they are there; otherwise all of ROOT
-    pretrains and every tenth image is held out of the nearest-neighbour bank to test on.
+    """Any tree of images. ROOT/train and ROOT/val (valid, validation, test) if they are there; otherwise all of
+    ROOT (or ROOT/train) pretrains and every tenth image is held out of the nearest-neighbour bank to test on.
 
     Labels are the first-level folders, if there are at least two. Unreadable files are named, counted and
     replaced by the next one; over 1 % of them stop the run.
@@ -427,9 +430,9 @@ class FolderImages:
 
     def __init__(self, root):
         root = Path(root)
-        test_root = next((root / name for name in ('val', 'test') if (root / name).is_dir()), None)
-        split = test_root is not None and (root / 'train').is_dir()
-        train_root = root / 'train' if split else root
+        test_root = next((root / name for name in ('val', 'valid', 'validation', 'test') if (root / name).is_dir()), None)
+        train_root = root / 'train' if (root / 'train').is_dir() else root
+        split = test_root is not None and train_root != root
         self.paths = self.images_below(train_root)
         folders = {path.relative_to(train_root).parts[0] for path in self.paths if path.parent != train_root}
         self.classes = tuple(sorted(folders)) if len(folders) > 1 else ()
@@ -442,7 +445,7 @@ class FolderImages:
         else:
             self.test_paths, self.test_labels = self.paths, self.labels
             self.bank, self.queries = everything[everything % 10 > 0], everything[::10]
-        self.unreadable = set()
+        self.unreadable = {}  # list of paths -> what was met in it
 
     @staticmethod
     def images_below(root):
@@ -469,13 +472,15 @@ class FolderImages:
         loader = torch.utils.data.DataLoader(decoder, batch_sampler=keys, num_workers=workers,
                                              collate_fn=decoder.collate, pin_memory=torch.cuda.is_available(),
                                              prefetch_factor=4 if workers else None)
+        known = self.unreadable.setdefault(id(decoder.paths), [])
         for images, labels, unreadable in loader:
-            for line in set(unreadable) - self.unreadable:
-                self.unreadable.add(line)
-                print(f'unreadable image {len(self.unreadable)} skipped: {line}', flush=True)
-            if len(self.unreadable) > 0.01 * len(decoder.paths):
-                raise ValueError(f'{len(self.unreadable)} of {len(decoder.paths)} images cannot be read, over 1 %; '
-                                 f'remove or replace them, the last is {line}')
+            for line in dict.fromkeys(unreadable):
+                if line not in known:
+                    known.append(line)
+                    print(f'unreadable image {len(known)} skipped: {line}', flush=True)
+            if len(known) > 0.01 * len(decoder.paths):
+                raise ValueError(f'{len(known)} of {len(decoder.paths)} images cannot be read, over 1 %; remove or '
+                                 f'replace them, the last is {known[-1]}')
             yield images, labels
 
     def batches(self, keys, views, sides, seed, device, workers=0):
@@ -490,7 +495,7 @@ class FolderImages:
         decoder = Decoder(paths, labels, partial(pil_center_crop, side=side))
         keys = [[(0, i) for i in part.tolist()] for part in spread(self.labelled_ids(split), limit).split(250)]
         for (images,), labels in self.loaded(decoder, keys, workers):
-            yield images.float() / 255, labels
+            yield images[labels >= 0].float() / 255, labels[labels >= 0]
 
 
 def batch_keys(n, batch_size, seed, start_step=0, rank=0, world=1):
@@ -530,9 +535,9 @@ def load(name, root='data', download=False):
     if name not in kinds:
         raise ValueError(f"data set '{name}' is not one of {', '.join(DATASETS)}")
 
-    def part(train):
+    def part(train, download=False):
         split = dict(split='train+unlabeled' if train else 'test') if name == 'stl10' else dict(train=train)
-        return kinds[name](root, download=False, **split)
+        return kinds[name](root, download=download, **split)
 
     def tensors(dataset):
         images = torch.as_tensor(dataset.data)
@@ -543,12 +548,16 @@ def load(name, root='data', download=False):
 
     try:
         train, test = part(True), part(False)
-    except RuntimeError:  # torchvision: not found, or not complete
+    except (RuntimeError, AssertionError, ValueError, OSError) as error:  # torchvision: not found, or damaged
+        reason = str(error).splitlines()[0] if str(error) else 'a file is damaged'
         if not download:
-            raise FileNotFoundError(f'{name} is not in {root}; set --data-root to the folder that holds it, or add '
-                                    f'--download to fetch it there') from None
-        kinds[name](root, download=True)
-        train, test = part(True), part(False)
+            raise FileNotFoundError(f'{name} is not in {root} or not whole ({reason}); set --data-root to the folder '
+                                    f'that holds it, or add --download to fetch it there') from None
+        try:
+            train, test = part(True, True), part(False, True)
+        except (RuntimeError, OSError) as error:
+            raise OSError(f'{name} cannot be fetched ({str(error).splitlines()[0]}); put its files into {root} by hand '
+                          f'(torchvision.datasets says where), without --download') from None
     return MemoryImages(*tensors(train), *tensors(test), tuple(test.classes))
 
 

@@ -104,7 +104,10 @@ class Schedule:
 
     @classmethod
     def from_json(cls, text):
-        return cls(tuple((start, strategy) for start, strategy in json.loads(text)['stages']))
+        try:
+            return cls(tuple((float(start), str(strategy)) for start, strategy in json.loads(text)['stages']))
+        except (KeyError, TypeError, json.JSONDecodeError):
+            raise ValueError('a schedule file holds {"stages": [[0, "p8"], [0.7, "p4"]]}, as schedule.py writes it') from None
 
 # ---------------------------------------------------------------- from gradient errors to a schedule
 

@@ -49,7 +49,7 @@ METHOD_DEFAULTS = dict(
               clip_grad=3.0),
 )
 COUNTERS = ('step', 'units', 'samples', 'next_eval', 'next_save', 'seconds', 'seconds_data')  # of a checkpoint
-CHANGEABLE = {'resume', 'device', 'workers', 'compile', 'max_steps'}  # flags that a resumed run may set anew
+CHANGEABLE = {'resume', 'data_root', 'download', 'device', 'workers', 'compile', 'max_steps'}  # flags that a resumed run may set anew
 
 
 # ---------------------------------------------------------------- arguments
@@ -82,7 +82,7 @@ def build_parser(method):
     g.add_argument('--temperature', type=float, help='of the loss; DINO: of the student')
     g.add_argument('--symmetric', action=argparse.BooleanOptionalAction, help='both views are query, anchor or target once, instead of one')
     g.add_argument('--momentum', type=float, help='of the EMA teacher at the start; 1 at the end, by a cosine')
-    g.add_argument('--teacher-temp', type=float, nargs=2, default=(0.04, 0.07), help='DINO: at the start, and from 30 %% of progress on')
+    g.add_argument('--teacher-temp', type=float, nargs=2, default=[0.04, 0.07], help='DINO: at the start, and from 30 %% of progress on')
     g.add_argument('--freeze-last-layer', type=float, default=0.01, help='DINO: progress until which the last layer stays (paper: 1 of 100 epochs)')
 
     g = parser.add_argument_group('compression')
@@ -138,7 +138,7 @@ def parse_args(argv):
     method = first.parse_known_args(argv)[0].method
     parser = build_parser(method if method in METHOD_DEFAULTS else 'moco')
     args = parser.parse_args(argv)
-    if args.resume:
+    if args.resume is not None:
         checkpoint = load_checkpoint(Path(args.resume) / 'checkpoint.pt')
         saved, given = checkpoint['args'], {a.split('=')[0] for a in argv if a.startswith('--')}
         for action in parser._actions:
@@ -146,8 +146,11 @@ def parse_args(argv):
             if given & set(action.option_strings) and name not in CHANGEABLE and getattr(args, name) != saved[name]:
                 raise ValueError(f'{action.option_strings[0]} {getattr(args, name)} is not what the run has, '
                                  f'{saved[name]}; a resumed run keeps its flags, leave it out or start a new run')
-        changed = {name: getattr(args, name) for name in CHANGEABLE}
-        return argparse.Namespace(**{**saved, **changed}), checkpoint
+        given_names = {action.dest for action in parser._actions if given & set(action.option_strings)}
+        changed = {name: getattr(args, name) for name in CHANGEABLE if name in given_names or name in ('resume', 'max_steps')}
+        args = argparse.Namespace(**{**saved, **changed})
+        check(args)
+        return args, checkpoint
     check(args)
     return args, None
 
@@ -160,7 +163,7 @@ def check(args):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f'--{name.replace("_", "-")} {value} must be above 0')
     for name in ('weight_decay', 'weight_decay_end', 'clip_grad', 'workers', 'local_crops', 'seed'):
-        if not 0 <= getattr(args, name) < math.inf:
+        if not 0 <= getattr(args, name) < 2 ** 63:
             raise ValueError(f'--{name.replace("_", "-")} {getattr(args, name)} must be at least 0')
     for name in ('momentum', 'warmup', 'freeze_last_layer'):
         if not 0 <= getattr(args, name) < 1:
@@ -233,7 +236,7 @@ def plan_auto(args, grid, cost, budget):
 
 
 def build_optimizer(method, args, device):
-    """AdamW; weight decay on everything for MoCo-v3, and not on biases, norms and tokens for DINO and SimCLR."""
+    """AdamW; weight decay on every parameter for MoCo-v3, on all but biases and norms for DINO and SimCLR."""
     trainable = [p for p in method.parameters() if p.requires_grad]
     decayed = [p for p in trainable if args.method == 'moco' or p.ndim > 1]
     plain = [p for p in trainable if args.method != 'moco' and p.ndim <= 1]
@@ -334,9 +337,13 @@ def load_checkpoint(path):
     if not path.is_file():
         raise FileNotFoundError(f'no checkpoint at {path}; --resume takes the folder of a run, such as runs/moco-shapes-0')
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        if {'method', 'optimizer', 'args', 'stages', *COUNTERS} <= set(checkpoint):
+            return checkpoint
+        reason = 'it has other contents'
     except Exception as error:
-        raise ValueError(f'{path} cannot be read, it is truncated or no checkpoint: {str(error).splitlines()[0]}') from None
+        reason = str(error).splitlines()[0]
+    raise ValueError(f'{path} cannot be read, it is truncated or no checkpoint of train.py: {reason}')
 
 
 def forget_after(path, step):
@@ -345,11 +352,14 @@ def forget_after(path, step):
         save(''.join(line for line in path.read_text().splitlines(True) if json.loads(line)['step'] <= step), path)
 
 
+def refuse_existing(args):
+    if args.name and (folder := Path('runs') / args.name).exists():
+        raise FileExistsError(f'{folder} exists; choose another --name, or --resume {folder}')
+
+
 def new_folder(args):
     if args.name:
         folder = Path('runs') / args.name
-        if folder.exists():
-            raise FileExistsError(f'{folder} exists; choose another --name, or --resume {folder}')
     else:
         folder = next(f for i in range(10**6) if not (f := Path('runs') / f'{args.method}-{args.dataset}-{i}').exists())
     folder.mkdir(parents=True)
@@ -391,7 +401,11 @@ def train(args, checkpoint):
     if (name == 'cuda' and not torch.cuda.is_available()) or (name == 'mps' and not torch.backends.mps.is_available()):
         raise ValueError(f'--device {name} is not there; use --device cpu, or a torch built for it')
     if name == 'cuda':
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f'process {device.index} of this machine has no GPU, there are {torch.cuda.device_count()}; lower --nproc_per_node')
         torch.cuda.set_device(device)
+    if not checkpoint:
+        refuse_existing(args)  # in every process, before they wait for each other
     if distributed:
         dist.init_process_group('nccl' if name == 'cuda' else 'gloo')
     if args.batch_size % world or args.batch_size // world < 2:
@@ -402,7 +416,11 @@ def train(args, checkpoint):
     torch.manual_seed(args.seed)
 
     # ---- data and views
+    if distributed and args.download and rank:
+        dist.barrier()  # one process fetches
     data = datasets.load(args.dataset, args.data_root, args.download)
+    if distributed and args.download and not rank:
+        dist.barrier()
     small = args.img_size < 64
     views = datasets.recipe(args.method, small, args.local_crops)
     scored = len(data.classes) > 1 and len(data.labelled_ids('train')) >= 20 and len(data.labelled_ids('test')) > 0
@@ -412,6 +430,12 @@ def train(args, checkpoint):
     method = build_method(args, encoder).to(device)
     base = Compression(args.patch_size)
     schedule, grid = build_schedule(args), build_grid(args)
+    if checkpoint:
+        if (checkpoint['world'], checkpoint['images']) != (world, len(data)):
+            raise ValueError(f'the run had {checkpoint["world"]} process(es) and {checkpoint["images"]} images, now there are {world} and '
+                             f'{len(data)}: it would be another run; resume it as it was')
+        if schedule is not None:  # a schedule file may have changed since
+            schedule = Schedule(tuple((start, Compression.parse(c)) for start, c in checkpoint['stages']))
     points = Schedule.points(args.gradstats) if args.gradstats else []
     if 'adam' in args.metric and (0 in points or (schedule is None and args.metric[0] == 'adam')):
         raise ValueError('--metric adam: Adam has no second moment at progress 0; start --gradstats later, and auto with euclidean')
@@ -480,7 +504,8 @@ def train(args, checkpoint):
     unit = training_flops(args.method, encoder.sizes, base, **method.cost_settings)
     forward = sum(forward_flops(encoder.base_grid[0] * encoder.base_grid[1], encoder.embed_dim, encoder.sizes['depth'],
                                 encoder.sizes['mlp_ratio'], data.channels * args.patch_size ** 2))
-    say(f'run       {folder}   {device}, {world} process(es), {"bfloat16" if half else "float32"}, seed {args.seed}')
+    say(f'run       {folder}   {device}, {world} process(es), {"bfloat16" if half else "float32"}, seed {args.seed}'
+        + ('; gloo: BatchNorm statistics are per process' if distributed and device.type != 'cuda' else ''))
     say(f'data      {args.dataset}: {len(data):,} images, {data.channels} channel(s), {len(data.classes)} classes; '
         f'{len(views)} views of {args.img_size} px, {args.method} recipe{" for small images (no blur)" if small else ""}'
         + ('; grey images: no saturation, hue, grayscale' if data.channels == 1 else ''))
@@ -488,6 +513,9 @@ def train(args, checkpoint):
         f'{encoder.sizes["depth"]}, {encoder.sizes["num_heads"]} heads, patch size {args.patch_size}, '
         f'{encoder.base_grid[0] * encoder.base_grid[1]} patches')
     say('cost      ' + ', '.join(f'{c} {cost[c]:.3f}' for c in sorted(used, key=cost.get)) + f' units per sample ({args.cost})')
+    for c in {c for _, c in stages} if schedule else ():
+        if cost[c] > 1:
+            say(f'warning: {c} costs more than no compression, p{args.patch_size}; is --patch-size right?')
     say(f'budget    {budget:,.0f} units ({budget / len(data):.1f} uncompressed epochs; {budget * unit / forward / 1e6:.2f}M bare forward passes)')
     if schedule is not None:
         say(f'schedule  {schedule}')
@@ -510,13 +538,23 @@ def train(args, checkpoint):
     def state():
         counters = dict(zip(COUNTERS, (step, spent, samples, next_eval, next_save, seconds, seconds_data)))
         return dict(method=method.state_dict(), optimizer=optimizer.state_dict(), args=vars(args), points=points, moments=moments,
-                    stages=[(start, str(c)) for start, c in stages], cost={str(c): value for c, value in cost.items()}, **counters)
+                    world=world, images=len(data), stages=[(start, str(c)) for start, c in stages], cost={str(c): value for c, value in cost.items()}, **counters)
 
     def save_run():
+        if not all(torch.isfinite(p).all() for p in method.parameters()):
+            stop('a weight is not finite', step, progress)
         if main_process:
             save(state(), folder / 'checkpoint.pt')
             save(dict(model=method.encoder.state_dict(), sizes=encoder.sizes, mean=data.mean, std=data.std,
                       dataset=args.dataset), folder / 'backbone.pt')
+
+    def stop(what, step, progress):
+        bar.close()
+        if main_process:
+            save(state(), folder / 'crash.pt')
+        raise FloatingPointError(f'{what} at step {step}, progress {progress:.3f}; the state is saved as crash.pt to look at, and '
+                                 f'checkpoint.pt, if there is one, is the last that was finite. Start again with a lower --lr (now '
+                                 f'{args.lr:g}), a longer --warmup, --clip-grad 1 or --freeze-patch-embed')
 
     def measure(progress, grid, count, groups, metric):
         """Rows of gradstats.jsonl, one per strategy, appended to it."""
@@ -589,11 +627,7 @@ def train(args, checkpoint):
             loss, metrics = model(images, compression.patch_size, compression.drop_rate, generator)
         mean_loss = losses.mean_over_ranks(loss.detach().clone()).item()
         if not math.isfinite(mean_loss):
-            if main_process:
-                save(state(), folder / 'crash.pt')
-            raise FloatingPointError(f'the loss is {mean_loss} at step {step}, progress {progress:.3f}; the state before it '
-                                     f'is saved as crash.pt, checkpoint.pt is untouched. What helps: lower --lr '
-                                     f'({args.lr:g}), longer --warmup, --clip-grad 1, --freeze-patch-embed')
+            stop(f'the loss is {mean_loss}', step, progress)
 
         # backward and step
         optimizer.zero_grad(set_to_none=True)
@@ -610,7 +644,7 @@ def train(args, checkpoint):
 
         # log
         now = time.perf_counter()
-        seconds, seconds_data, clock = seconds + now - clock, seconds_data + after_data - clock, now
+        seconds, seconds_data = seconds + now - clock, seconds_data + after_data - clock
         bar.update(min(round(spent), bar.total) - bar.n)
         if step % args.log_every == 0 or spent >= budget:
             metrics = {key: float(value) for key, value in metrics.items()}
@@ -621,8 +655,8 @@ def train(args, checkpoint):
             bar.set_postfix_str(f'loss {mean_loss:.3f}, lr {lr:.1e}, {compression}, {samples / seconds:.0f} img/s, '
                                 f'data {100 * seconds_data / seconds:.0f} %', refresh=False)
             warning = collapse_warning(metrics, args.out_dim) if step >= 50 else None
-            if warning is None and step >= 50 and seconds_data > 0.2 * seconds:
-                warning = 'over 20 % of the time goes to the data; raise --workers, or use smaller files'
+            if warning is None and args.dataset == 'folder' and step >= 50 and seconds_data > 0.2 * seconds:
+                warning = 'over 20 % of the time goes to the data; raise --workers, or store smaller files'
             if warning and warning not in warned:
                 warned.add(warning)
                 say(f'warning: step {step}: {warning}')
@@ -634,6 +668,7 @@ def train(args, checkpoint):
             bar.close()
             say(f'stopped at step {step}, {100 * spent / budget:.0f} % of the budget; --resume goes on')
             return
+        clock = time.perf_counter()
 
     bar.close()
     for point in points:  # those at the very end
@@ -642,8 +677,8 @@ def train(args, checkpoint):
     points = []
     if schedule is None and main_process:
         save(Schedule(tuple(stages)).to_json(), folder / 'schedule.json')
-    save_run()
     score('end')
+    save_run()  # last: a run killed before goes on from an earlier checkpoint and is scored then
     say(f'{step} steps, {samples:,} samples for {spent:,.0f} units in {seconds:.0f} s, {100 * seconds_data / seconds:.0f} % of them '
         f'waiting for data; python eval.py --weights {folder}/backbone.pt scores it again')
 
@@ -655,6 +690,8 @@ def main(argv=None):
         place = error.__traceback__
         while place.tb_next:
             place = place.tb_next
+        if os.environ.get('RANK', '0') != '0':
+            sys.exit(1)  # the first process says it
         sys.exit(f'train.py: error: {error}  [{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}]')
     except KeyboardInterrupt:
         sys.exit('interrupted; --resume goes on from the last checkpoint')

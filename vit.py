@@ -98,7 +98,7 @@ class ViT(nn.Module):
                           depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, pos_embed=pos_embed,
                           freeze_patch_embed=freeze_patch_embed)
         if embed_dim % num_heads:
-            raise ValueError(f'{num_heads} heads do not divide width {embed_dim}')
+            raise ValueError(f'{num_heads} heads do not divide width {embed_dim}; choose another number of heads')
         if pos_embed not in ('sincos', 'learned'):
             raise ValueError(f"position embedding '{pos_embed}' is not one of sincos, learned")
         if pos_embed == 'sincos' and embed_dim % 4:
