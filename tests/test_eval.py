@@ -88,7 +88,7 @@ def test_bad_input(backbone, tiny_fashion, monkeypatch):
         run(monkeypatch, '--weights', backbone, '--data-root', tiny_fashion, '--patch-size', 5)
     with pytest.raises(ValueError, match='k = 999 is more than the 320 images'):
         run(monkeypatch, '--weights', backbone, '--data-root', tiny_fashion, '--k', 999)
-    with pytest.raises(ValueError, match='takes 1 channels, the images have 3'):
+    with pytest.raises(ValueError, match='takes 1 channels, the images of shapes have 3'):
         run(monkeypatch, '--weights', backbone, '--dataset', 'shapes')
     with pytest.raises(FileNotFoundError, match='no weights at'):
         run(monkeypatch, '--weights', backbone.with_name('none.pt'))
