@@ -43,8 +43,9 @@ from schedule import cosine, ramp
 from vit import ViT, sincos_table
 
 # Fine-tuning: (from 64 px on: DeiT's main.py; smaller images: ours, to finish on a laptop)
-RECIPE = dict(epochs=(150, 5), batch_size=(1024, 128), lr=(5e-4, 2e-3), mixup=(0.8, 0.0), cutmix=(1.0, 0.0),
-              randaugment=(9, 0), erasing=(0.25, 0.0), crop_scale=(0.08, 0.4))
+RECIPE = dict(epochs=(150, 5), batch_size=(1024, 64), lr=(5e-4, 1e-2), mixup=(0.8, 0.0), cutmix=(1.0, 0.0),
+              randaugment=(9, 0), erasing=(0.25, 0.0), crop_scale=(0.08, 0.6))
+PROBE_RATES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # per 256 images, for normalized features
 BLOCK = 500  # images per forward; processes share whole blocks, so any number of them rounds alike
 
 
@@ -352,6 +353,7 @@ def train_classifier(model, optimizer, lr_at, data, ids, epochs, batch_size, vie
     steps = len(ids) // batch_size  # the last partial batch is dropped
     bar = tqdm(total=epochs * steps, unit=' steps', disable=not progress, leave=False, dynamic_ncols=True)
     losses = []
+    torch.manual_seed(seed + rank)  # drop path, mixup, erasing: other draws in every process
     for epoch in range(epochs):
         model.train()
         model.encoder.train(not frozen)
@@ -415,12 +417,15 @@ def finetune(encoder, classes, data, ids, patch_size, img_size, recipe, mean, st
     warm = min(5, epochs / 10)
 
     def lr_at(epoch):  # DeiT: from 1e-6 up, then cosine to 1e-5
-        return 1e-6 + (peak - 1e-6) * epoch / warm if epoch < warm else ramp(peak, min(peak, 1e-5), (epoch - warm) / (epochs - warm))
+        if epoch < warm:
+            return 1e-6 + (peak - 1e-6) * epoch / warm
+        return ramp(peak, min(peak, 1e-5), (epoch - warm) / (epochs - warm))
 
     # torchvision counts the magnitude in 31 steps, DeiT's rand-m9 in 10, and applies each of its two operations half the time
     magnitude = round(3 * recipe['randaugment'])
     augment = v2.Compose([v2.RandomApply([v2.RandAugment(1, magnitude)], p=0.5)] * 2) if magnitude else None
-    mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, recipe['mixup']), (v2.CutMix, recipe['cutmix'])) if alpha]
+    mixes = [kind(alpha=recipe[name], num_classes=classes) for kind, name in ((v2.MixUp, 'mixup'), (v2.CutMix, 'cutmix'))
+             if recipe[name]]
     erase = v2.RandomErasing(recipe['erasing'], value='random') if recipe['erasing'] else None
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
     view = datasets.View(scale=(recipe['crop_scale'], 1.0), interpolation='bicubic')
@@ -434,7 +439,7 @@ def probe_moco(encoder, classes, data, ids, patch_size, img_size, epochs, batch_
                shard=False, progress=False):
     """(classifier, mean loss of each epoch): MoCo-v3's linear protocol, the frozen backbone seeing new crops each epoch."""
     torch.manual_seed(seed)
-    model = Classifier(copy.deepcopy(encoder).requires_grad_(False), classes, patch_size).to(device)
+    model = Classifier(encoder.requires_grad_(False), classes, patch_size).to(device)
     optimizer = torch.optim.SGD(model.head.parameters(), lr=0.0, momentum=0.9)
     return model, train_classifier(model, optimizer, lambda epoch: lr * batch_size / 256 * cosine(int(epoch) / epochs), data, ids,
                                    epochs, batch_size, datasets.View(), img_size, mean, std, device, workers, seed, frozen=True,
@@ -467,8 +472,9 @@ def parse_args():
     g.add_argument('--half-bank', action='store_true', help='keep the bank in half precision (GPU)')
 
     g = parser.add_argument_group('linear probe')
-    g.add_argument('--probe-recipe', choices=('sweep', 'moco-v3'), default='sweep', help='cached features and many rates, or new crops each epoch and one')
-    g.add_argument('--probe-rates', nargs='+', type=float, help='per 256 images (default: sweep ten from 0.001 to 1, moco-v3 3)')
+    g.add_argument('--probe-recipe', choices=('sweep', 'moco-v3'), default='sweep',
+                   help='cached features and many rates, or new crops each epoch and one rate')
+    g.add_argument('--probe-rates', nargs='+', type=float, help='per 256 images (default: sweep ten from 0.002 to 2, moco-v3 3)')
     g.add_argument('--probe-epochs', type=int, help='default: sweep 50, moco-v3 90')
     g.add_argument('--probe-batch', type=int, default=256, help='images per step, over all processes (MoCo-v3: 1024)')
     g.add_argument('--probe-crops', type=int, default=0, help='sweep: random crops of each image beside its center view')
@@ -511,7 +517,8 @@ def check(args):
                            weight_decay=math.inf, probe_crops=math.inf, workers=math.inf).items():
         value = getattr(args, name)
         if value is not None and not 0 <= value < high:
-            raise ValueError(f'--{name.replace("_", "-")} {value} must be at least 0' + (f' and at most {int(high)}' if high < 99 else ''))
+            limit = f' and below {high:g}' if high < 99 else ''
+            raise ValueError(f'--{name.replace("_", "-")} {value} must be at least 0{limit}')
     if (args.crop_scale or 0) > 1 or args.layer_decay > 1:
         raise ValueError('--crop-scale and --layer-decay are at most 1')
     if args.probe_recipe == 'moco-v3' and (args.probe_crops or len(args.probe_rates or [3]) > 1):
@@ -550,7 +557,8 @@ def main():
     # ---- data
     dataset = args.dataset or saved['dataset']
     if dataset is None:
-        raise ValueError(f'{args.weights} does not say what it was trained on; add --dataset, one of {", ".join(datasets.DATASETS)}')
+        raise ValueError(f'{args.weights} does not say what it was trained on; add --dataset, one of '
+                         f'{", ".join(datasets.DATASETS)}')
     data = datasets.load(dataset, args.data_root, args.download)
     if data.channels != sizes['in_chans']:
         raise ValueError(f'the backbone takes {sizes["in_chans"]} channels, the images of {dataset} have {data.channels}; '
@@ -564,46 +572,56 @@ def main():
 
     # ---- settings of the trained protocols
     recipe = {key: pair[img_size < 64] if getattr(args, key) is None else getattr(args, key) for key, pair in RECIPE.items()}
-    recipe['batch_size'], probe_batch = (min(b, len(train_ids)) // world * world for b in (recipe['batch_size'], args.probe_batch))
+    recipe['batch_size'], probe_batch = (min(batch, len(train_ids)) // world * world
+                                         for batch in (recipe['batch_size'], args.probe_batch))
     if not recipe['batch_size'] or not probe_batch:
         raise ValueError(f'--batch-size, --probe-batch and the {len(train_ids)} images must be at least the {world} processes')
+    regularized = dict(weight_decay=args.weight_decay, layer_decay=args.layer_decay, drop_path=args.drop_path,
+                       smoothing=args.smoothing, ema_decay=args.ema)
     moco = args.probe_recipe == 'moco-v3'
-    probe = dict(recipe=args.probe_recipe, epochs=args.probe_epochs or (90 if moco else 50), batch_size=probe_batch, crops=args.probe_crops)
-    rates = args.probe_rates or ([3.0] if moco else [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0])
-    say(f'{dataset}: class token, {img_size} px, bank {len(train_ids)}, {queries} test images, {classes} classes, T {args.temperature}; '
-        f'{device}, {world} process(es)')
+    probe = dict(recipe=args.probe_recipe, epochs=args.probe_epochs or (90 if moco else 50), batch_size=probe_batch,
+                 crops=args.probe_crops)
+    rates = args.probe_rates or ([3.0] if moco else list(PROBE_RATES))
+    say(f'{dataset}: class token, {img_size} px, bank {len(train_ids)}, {queries} test images, {classes} classes, '
+        f'T {args.temperature}; {device}, {world} process(es)')
     if 'finetune' in args.protocol:
         say('fine-tuning: ' + ', '.join(f'{key} {value}' for key, value in recipe.items())
-            + ('; grey images: the colour operation of RandAugment has no effect' if data.channels == 1 and recipe['randaugment'] else ''))
+            + ('; grey images: no colour operation in RandAugment' if data.channels == 1 and recipe['randaugment'] else ''))
 
     # ---- measure
-    def cost(patch_size):
-        tokens = math.prod(encoder.grid(img_size, img_size, patch_size))
-        return tokens, sum(forward_flops(tokens, sizes['embed_dim'], sizes['depth'], sizes.get('mlp_ratio', 4.0),
-                                         sizes['in_chans'] * patch_size ** 2))
+    def flops(side, patch_size):
+        return sum(forward_flops((side // patch_size) ** 2, sizes['embed_dim'], sizes['depth'], sizes['mlp_ratio'],
+                                 sizes['in_chans'] * patch_size ** 2))
 
-    base = sizes['img_size'] // encoder.patch_size
-    base_flops = sum(forward_flops(base ** 2, sizes['embed_dim'], sizes['depth'], sizes.get('mlp_ratio', 4.0),
-                                   sizes['in_chans'] * encoder.patch_size ** 2))
-    table, common = {}, dict(shard=shard, progress=main_process)
+    table, columns = {}, []
+    where = dict(mean=mean, std=std, device=device, workers=args.workers, shard=shard, progress=main_process)
     for patch_size in patch_sizes:
-        tokens, flops = cost(patch_size)
+        tokens = (img_size // patch_size) ** 2
+        cost = flops(img_size, patch_size) / flops(sizes['img_size'], encoder.patch_size)
+        cells = table[patch_size] = [f'{patch_size:7}{tokens:8}{cost:7.3f}']
 
         def report(column, score, start, **settings):
-            """A line of eval.jsonl, a line on the screen, a cell of the table."""
+            """A line on the screen, a line of eval.jsonl, a cell of the table."""
             seconds, error = time.perf_counter() - start, (score * (100 - score) / queries) ** 0.5  # binomial
-            table[patch_size, column] = f'{score:.2f} +- {error:.2f}'
+            cells.append(f'{score:.2f} +- {error:.2f}')
+            columns.extend([column] if patch_size == patch_sizes[0] else [])
             say(f'  patch size {patch_size}, {tokens} tokens, {column}: {score:.2f} +- {error:.2f} % in {seconds:.1f} s')
             if main_process:
                 with open(Path(args.weights).with_name('eval.jsonl'), 'a') as file:
                     file.write(json.dumps(dict(
-                        score=score, error=error, seconds=seconds, weights=str(args.weights), random=args.random_init, dataset=dataset,
-                        img_size=img_size, patch_size=patch_size, tokens=tokens, cost=flops / base_flops, bank=len(train_ids),
-                        queries=queries, seed=args.seed, **settings)) + '\n')
+                        score=score, error=error, seconds=seconds, weights=args.weights, random=args.random_init, seed=args.seed,
+                        dataset=dataset, img_size=img_size, patch_size=patch_size, tokens=tokens, cost=cost,
+                        bank=len(train_ids), queries=queries, **settings)) + '\n')
 
-        def features(split, crop=None):
-            return split_features(encoder, data, split, args.limit if split == 'train' else None, img_size, device, patch_size,
-                                  args.workers, mean, std, crop, **common)
+        def features(split, crop=None, network=encoder):
+            limit = args.limit if split == 'train' else None
+            return split_features(network, data, split, limit, img_size, patch_size=patch_size, crop=crop, **where)
+
+        def trained_score(model):
+            """Percent correct of a Classifier on the test images."""
+            inputs, labels = features('test', network=model.encoder)
+            with torch.no_grad():
+                return percent(model.head(inputs.to(device)).argmax(dim=1).cpu(), labels)
 
         start = time.perf_counter()
         if {'nn', 'knn'} & set(args.protocol) or ('linear' in args.protocol and not moco):
@@ -612,50 +630,39 @@ def main():
         for k in ([1] if 'nn' in args.protocol else []) + (args.k if 'knn' in args.protocol else []):
             start = time.perf_counter()
             score = knn_scores(train, test, classes, [k], args.temperature, device, args.half_bank)[k]
-            report('NN' if k == 1 else f'{k}-NN', score, start, protocol='nn' if k == 1 else 'knn', k=k, temperature=args.temperature,
-                   half_bank=args.half_bank)
+            report('NN' if k == 1 else f'{k}-NN', score, start, protocol='nn' if k == 1 else 'knn', k=k,
+                   temperature=args.temperature, half_bank=args.half_bank)
         if 'linear' in args.protocol:
             start, before = time.perf_counter(), {key: value.clone() for key, value in encoder.state_dict().items()}
             if moco:
-                model, losses = probe_moco(encoder, classes, data, train_ids, patch_size, img_size, probe['epochs'], probe_batch, rates[0],
-                                           mean, std, device, args.workers, args.seed, **common)
-                test_features, labels = features('test')
-                score, found = classifier_score(model.head, test_features, labels, device), dict(rate=rates[0], losses=losses)
-                after = model.encoder.state_dict()
+                model, losses = probe_moco(encoder, classes, data, train_ids, patch_size, img_size, probe['epochs'], probe_batch,
+                                           rates[0], seed=args.seed, **where)
+                score, found = trained_score(model), dict(rate=rates[0], losses=losses)
             else:
                 crops = [features('train', crop)[0] for crop in range(args.probe_crops)]
-                score, best, held_out = linear_sweep(train, test, crops, classes, rates, probe['epochs'], probe_batch, device, args.seed)
+                score, best, held_out = linear_sweep(train, test, crops, classes, rates, probe['epochs'], probe_batch, device,
+                                                     args.seed)
                 say('  held-out tenth: ' + ', '.join(f'rate {rate:g} {value:.2f} %' for rate, value in held_out.items()))
                 if best in (min(rates), max(rates)) and len(rates) > 1:
                     say(f'  the best rate, {best:g}, is at the edge; widen --probe-rates')
-                found, after = dict(rate=best, held_out=held_out), encoder.state_dict()
+                found = dict(rate=best, held_out=held_out)
+            after = encoder.state_dict()
             if not all(torch.equal(value, after[key]) for key, value in before.items()):
                 raise RuntimeError('the linear probe changed the backbone')
             say('  the backbone is unchanged, bit for bit')
             report('linear', score, start, protocol='linear', **probe, **found)
         if 'finetune' in args.protocol:
             start = time.perf_counter()
-            model, losses = finetune(encoder, classes, data, train_ids, patch_size, img_size, recipe, mean, std, device, args.weight_decay,
-                                     args.layer_decay, args.drop_path, args.smoothing, args.ema, args.workers, args.seed, **common)
-            test_features, labels = split_features(model.encoder, data, 'test', None, img_size, device, patch_size, args.workers, mean,
-                                                   std, **common)
+            model, losses = finetune(encoder, classes, data, train_ids, patch_size, img_size, recipe, seed=args.seed,
+                                     **regularized, **where)
             say('  training loss by epoch: ' + ' '.join(f'{loss:.3f}' for loss in losses))
-            report('finetune', classifier_score(model.head, test_features, labels, device), start, protocol='finetune', **recipe,
-                   weight_decay=args.weight_decay, layer_decay=args.layer_decay, drop_path=args.drop_path, smoothing=args.smoothing,
-                   ema=args.ema, losses=losses)
+            report('finetune', trained_score(model), start, protocol='finetune', losses=losses, **recipe, **regularized)
 
     # ---- table
-    columns = list(dict.fromkeys(column for _, column in table))
     say(('RANDOM NETWORK, ' if args.random_init else '') + f'percent correct on {queries} test images, +- standard error')
     say('  patch  tokens   cost' + ''.join(f'{column:>17}' for column in columns))
-    for patch_size in patch_sizes:
-        tokens, flops = cost(patch_size)
-        say(f'{patch_size:7}{tokens:8}{flops / base_flops:7.3f}' + ''.join(f'{table[patch_size, column]:>17}' for column in columns))
-
-
-@torch.no_grad()
-def classifier_score(head, features, labels, device):
-    return percent(head(features.to(device)).argmax(dim=1).cpu(), labels)
+    for cells in table.values():
+        say(cells[0] + ''.join(f'{cell:>17}' for cell in cells[1:]))
 
 
 if __name__ == '__main__':
