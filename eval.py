@@ -63,8 +63,8 @@ def read_file(path, trust=False):
         if isinstance(error, pickle.UnpicklingError) and (needs := re.search(r'GLOBAL ([\w.]+)', str(error))):
             raise ValueError(f'{path} holds more than tensors ({needs[1]}), and loading that can run code; if you trust '
                              f'where it comes from, add --trust-checkpoint') from None
-        raise ValueError(f'{path} cannot be read, it is truncated or no checkpoint: '
-                         f'{type(error).__name__} {str(error)[:200].splitlines()[:1]}') from None
+        raise ValueError(f'{path} cannot be read, it is truncated or no checkpoint: {type(error).__name__} '
+                         f'{str(error).partition(chr(10))[0][:200]}') from None
 
 
 def find_encoder(saved):

@@ -1,9 +1,9 @@
 import argparse
 import copy
 import json
+import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -303,23 +303,27 @@ def test_weights_that_do_not_fit(tmp_path):
 
 # ---------------------------------------------------------------- whole runs
 
-def test_several_processes_give_the_same_scores(tmp_path, monkeypatch):
-    """2400 test and 1500 training images: blocks of 500 that two processes share unevenly."""
-    torch.manual_seed(0)
-    encoder = ViT(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
-    torch.save(dict(model=encoder.state_dict(), sizes=encoder.sizes, mean=(0.5,) * 3, std=(0.25,) * 3, dataset='shapes'), tmp_path / 'backbone.pt')
-    flags = ['--weights', str(tmp_path / 'backbone.pt'), '--limit', '1500', '--probe-epochs', '5', '--probe-crops', '1', '--device', 'cpu',
-             '--epochs', '2', '--protocol', 'nn', 'knn', 'linear', 'finetune']
-    script = Path(evaluation.__file__)
-    two = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(script), *flags],
+def test_several_processes_give_the_same_scores(backbone, tmp_path, monkeypatch):
+    """1400 training and 1200 test images: three blocks of at most 500 of each, which two processes share unevenly."""
+    raw = tmp_path / 'FashionMNIST' / 'raw'
+    raw.mkdir(parents=True)
+    g = torch.Generator().manual_seed(0)
+    for part, count in (('train', 1400), ('t10k', 1200)):
+        labels = torch.arange(count, dtype=torch.uint8) % 10
+        images = torch.randint(0, 160, (count, 28, 28), generator=g, dtype=torch.uint8) + 9 * labels[:, None, None]
+        (raw / f'{part}-images-idx3-ubyte').write_bytes(struct.pack('>IIII', 2051, count, 28, 28) + images.numpy().tobytes())
+        (raw / f'{part}-labels-idx1-ubyte').write_bytes(struct.pack('>II', 2049, count) + labels.numpy().tobytes())
+    flags = ['--weights', str(backbone), '--data-root', str(tmp_path), '--probe-epochs', '5', '--probe-crops', '1', '--device', 'cpu',
+             '--epochs', '2', '--lr', '0.1', '--patch-size', '7', '--protocol', 'nn', 'knn', 'linear', 'finetune']
+    two = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', evaluation.__file__, *flags],
                          capture_output=True, text=True, timeout=120)
     assert two.returncode == 0, two.stderr[-2000:]
     run(monkeypatch, *flags)
-    lines = lines_of(tmp_path / 'backbone.pt')
+    lines = lines_of(backbone)
     assert [line['protocol'] for line in lines] == ['nn', 'knn', 'linear', 'finetune'] * 2  # written by one process
     for shared, alone in zip(lines[:3], lines[4:7]):
         assert {**shared, 'seconds': 0} == {**alone, 'seconds': 0}
-    assert lines[3]['losses'][1] < lines[3]['losses'][0]
+    assert lines[0]['score'] > 12 and lines[3]['losses'][1] < lines[3]['losses'][0]
 
 
 def test_folder_of_images(tmp_path, monkeypatch, capsys):
