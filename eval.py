@@ -246,7 +246,7 @@ def knn_scores(bank, query, classes, ks, temperature, device='cpu', half=False):
 
 
 def percent(predicted, labels):
-    return 100 * (predicted == labels).float().mean().item()
+    return 100 * (predicted == labels).sum().item() / len(labels)
 
 
 def knn_accuracy(encoder, data, img_size, device, patch_size=None, ks=(1, 20), temperature=0.07, bank_limit=None,
@@ -477,7 +477,7 @@ def parse_args():
     g.add_argument('--probe-rates', nargs='+', type=float, help='per 256 images (default: sweep ten from 0.002 to 2, moco-v3 3)')
     g.add_argument('--probe-epochs', type=int, help='default: sweep 50, moco-v3 90')
     g.add_argument('--probe-batch', type=int, default=256, help='images per step, over all processes (MoCo-v3: 1024)')
-    g.add_argument('--probe-crops', type=int, default=0, help='sweep: random crops of each image beside its center view')
+    g.add_argument('--probe-crops', type=int, default=0, help='sweep: random crops of each image beside its center view (not for small images)')
 
     g = parser.add_argument_group('fine-tuning (two defaults: from 64 px on as DeiT, below)')
     for flag, text in (('epochs', 'passes over the training images'), ('batch-size', 'images per step, over all processes'),
