@@ -71,10 +71,16 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = 0.0  # probability of leaving a residual branch out, per sample; fine-tuning sets it
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.maybe_drop(self.attn(self.norm1(x)))
+        return x + self.maybe_drop(self.mlp(self.norm2(x)))
+
+    def maybe_drop(self, branch):
+        if not (self.training and self.drop_path):
+            return branch
+        return branch * F.dropout(branch.new_ones(len(branch), 1, 1), self.drop_path)  # 0 or 1 / (1 - drop_path)
 
 
 class PatchEmbed(nn.Module):
