@@ -211,6 +211,7 @@ def crop_batches(data, parts, epoch, view, side, seed, device, workers=0, augmen
         decoder = datasets.Decoder(data.paths, data.labels, crops_of)
         keys = [[(epoch, i) for i in part.tolist()] for part in parts]
         for (images,), labels in data.loaded(decoder, keys, workers):
+            images, labels = images[labels >= 0], labels[labels >= 0]  # without replacements of unreadable files
             yield images.to(device, non_blocking=True).float() / 255, labels.to(device)
 
 
@@ -234,7 +235,7 @@ def knn_predict(queries, bank, bank_labels, classes, k=20, temperature=0.07, chu
     for part in F.normalize(queries, dim=1).to(dtype).split(chunk):
         similarity, nearest = (part @ bank.T).topk(k, dim=1)                    # chunk k
         votes = torch.zeros(len(part), classes, device=part.device)
-        votes.scatter_add_(1, bank_labels[nearest], (similarity.float() / temperature).exp())
+        votes.scatter_add_(1, bank_labels[nearest], ((similarity.float() - 1) / temperature).exp())  # - 1: no overflow
         predictions.append(votes.argmax(dim=1))
     return torch.cat(predictions)
 

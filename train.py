@@ -42,11 +42,11 @@ from schedule import Schedule, cosine, polynomial, ramp, solve, warmup
 # MoCo-v3 --hidden 4096, DINO --hidden 2048 --out-dim 65536.
 METHOD_DEFAULTS = dict(
     moco=dict(out_dim=256, temperature=0.2, symmetric=False, momentum=0.99, weight_decay=0.1, weight_decay_end=0.1,
-              clip_grad=0.0),
+              clip_grad=0.0, lr=4e-3),
     simclr=dict(out_dim=256, temperature=0.1, symmetric=True, momentum=0.0, weight_decay=0.1, weight_decay_end=0.1,
-                clip_grad=0.0),
-    dino=dict(out_dim=4096, temperature=0.1, symmetric=True, momentum=0.996, weight_decay=0.04, weight_decay_end=0.4,
-              clip_grad=3.0),
+                clip_grad=0.0, lr=4e-3),
+    dino=dict(out_dim=1024, temperature=0.1, symmetric=True, momentum=0.996, weight_decay=0.04, weight_decay_end=0.4,
+              clip_grad=3.0, lr=1e-3),
 )
 COUNTERS = ('step', 'units', 'samples', 'next_eval', 'next_save', 'seconds', 'seconds_data')  # of a checkpoint
 CHANGEABLE = {'resume', 'data_root', 'download', 'device', 'workers', 'compile', 'max_steps'}  # flags that a resumed run may set anew
@@ -103,7 +103,7 @@ def build_parser(method):
 
     g = parser.add_argument_group('optimization')
     g.add_argument('--batch-size', type=int, default=128, help='images per step, over all processes (paper: 1024 to 4096)')
-    g.add_argument('--lr', type=float, default=4e-3, help='peak learning rate per 256 images (MoCo-v3: 1.5e-4)')
+    g.add_argument('--lr', type=float, help='peak learning rate per 256 images (MoCo-v3: 1.5e-4, DINO: 5e-4)')
     g.add_argument('--lr-schedule', default='cosine', choices=('cosine', 'polynomial'), help='polynomial is 1 - p^2')
     g.add_argument('--warmup', type=float, default=0.1, help='progress over which the learning rate rises (MoCo-v3: 40 of 300 epochs)')
     g.add_argument('--weight-decay', type=float, help='at the start')

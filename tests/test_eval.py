@@ -34,6 +34,11 @@ def test_knn_predictions_equal_lightlys(k):
     assert 0.3 < (ours == truth).float().mean() < 0.99
 
 
+def test_votes_do_not_overflow_at_a_low_temperature():
+    (bank, labels), (queries, _) = clusters(300, 0), clusters(99, 1)
+    assert torch.equal(knn_predict(queries, bank, labels, 10, 20, 1e-3), knn_predict(queries, bank, labels, 10, 1))
+
+
 @pytest.mark.parametrize('chunk', (1, 7, 99, 10_000))
 def test_knn_does_not_depend_on_the_chunk(chunk):
     (bank, labels), (queries, _) = clusters(300, 0), clusters(99, 1)

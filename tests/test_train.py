@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -97,13 +98,99 @@ def test_dino_exports_the_teacher(run):
     assert not torch.equal(saved['model'][key], checkpoint['method'][f'student_encoder.{key}'])
 
 
-def test_dino_freezes_its_last_layer_then_trains_it(run):
-    states = []
-    for until, name in ((0.99, 'frozen'), (0.0, 'free')):
-        runs = run('--method', 'dino', '--schedule', 'none', '--budget', '0.0002', '--freeze-last-layer', until, '--name', name)
-        states.append(torch.load(runs / name / 'checkpoint.pt', weights_only=True)['method']['student_head.last_layer.weight'])
+def replay(args, data, steps, world):
+    """DINO's first steps written out by hand for `world` processes, on the loop's own data and draws: AdamW's update,
+    per-tensor clipping, the frozen last layer, weight decay groups, EMA, center, every schedule."""
+    import data as datasets
+    from losses import DINO, dino_loss
+    from vit import ViT
     torch.manual_seed(0)
-    assert not torch.equal(*states)
+    method = DINO(ViT(img_size=16, patch_size=4, in_chans=1, embed_dim=32, depth=1, num_heads=1), hidden=32, out_dim=32, student_temp=0.1)
+    student = {n: p for n, p in method.named_parameters() if p.requires_grad}
+    teacher = {n: p for n, p in method.named_parameters() if not n.startswith('student')}
+    first, second = ({n: torch.zeros_like(p) for n, p in student.items()} for _ in range(2))
+    recipe, share = datasets.recipe('dino', small=True, local_crops=2), 16 // world
+    budget, center = 1600, torch.zeros(1, 32)
+    orders = [datasets.batch_keys(len(data), 16, 0, 0, rank, world) for rank in range(world)]
+    for step in range(steps):
+        p = step * 16 / budget
+        lr = 0.001 * 16 / 256 * (p / 0.1 if p < 0.1 else 0.5 * (1 + math.cos(math.pi * (p - 0.1) / 0.9)))
+        momentum, decay = 1 - 0.004 * 0.5 * (1 + math.cos(math.pi * p)), 0.4 - 0.36 * 0.5 * (1 + math.cos(math.pi * p))
+        temperature = 0.04 + 0.03 * min(1, p / 0.3)
+        total, means = {n: 0 for n in student}, []
+        for rank in range(world):
+            images = data.images[[i for _, i in next(orders[rank])]]
+            assert len(images) == share
+            views = datasets.make_views(images, recipe, [16, 16, 8, 8], datasets.keyed_generator(0, rank, step))
+            views = [(v - data.mean[0]) / data.std[0] for v in views]
+            with torch.no_grad():
+                t = [method.teacher_head(method.encoder(v, 4)) for v in views[:2]]
+            s = [method.student_head(method.student_encoder(v, 4)) for v in views]
+            grads = torch.autograd.grad(dino_loss(s, t, center, temperature, 0.1), list(student.values()))
+            for n, g in zip(student, grads):
+                total[n] = total[n] + g / world
+            means.append(torch.cat(t).mean(0, keepdim=True))
+        with torch.no_grad():
+            for n, q in student.items():
+                g = total[n] * min(1, 3 / (total[n].norm().item() + 1e-6))
+                if 'last_layer' in n and p < 0.01:
+                    continue
+                count = step + 1 if 'last_layer' not in n else step  # 0.01 of the budget is one step
+                first[n], second[n] = 0.9 * first[n] + 0.1 * g, 0.999 * second[n] + 0.001 * g * g
+                q.mul_(1 - lr * (decay if q.ndim > 1 else 0))
+                q.sub_(lr * first[n] / (1 - 0.9 ** count) / ((second[n] / (1 - 0.999 ** count)).sqrt() + 1e-8))
+            for n, q in teacher.items():
+                source = n.replace('encoder', 'student_encoder', 1) if n.startswith('encoder') else n.replace('teacher', 'student')
+                original = student.get(source, dict(method.named_parameters())[source])
+                q.copy_(momentum * q + (1 - momentum) * original)
+            center = 0.9 * center + 0.1 * sum(means) / world
+    return {**{n: p.detach() for n, p in method.named_parameters()}, 'center': center}
+
+
+@pytest.mark.parametrize('world', (1, 2))
+def test_dino_steps_equal_those_written_out_by_hand(run, tiny_fashion, tmp_path, world):
+    flags = ['--method', 'dino', '--schedule', 'none', '--budget', '0.0016', '--max-steps', '20', '--name', 'r']
+    if world == 1:
+        run(*flags)
+    else:
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(CODE / 'train.py'), *SMALL,
+                   '--data-root', str(tiny_fashion), *flags]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        assert done.returncode == 0, done.stderr
+    import data as datasets
+    saved = torch.load(tmp_path / 'runs' / 'r' / 'checkpoint.pt', weights_only=True)['method']
+    expected = replay(flags, datasets.load('fashion_mnist', tiny_fashion), 20, world)
+    assert set(expected) == set(saved)
+    start = replay(flags, datasets.load('fashion_mnist', tiny_fashion), 0, world)
+    for n, value in expected.items():
+        moved = (value - start[n]).norm()
+        assert (saved[n] - value).norm() <= 2e-2 * moved + 1e-5, n  # Adam's first steps divide rounding by rounding
+    last = 'student_head.last_layer.weight'
+    one = replay(flags, datasets.load('fashion_mnist', tiny_fashion), 1, world)
+    assert torch.equal(one[last], start[last]) and not torch.equal(expected[last], start[last])
+
+
+def test_momentum_and_teacher_move(run):
+    """MoCo: momentum of the log, and a teacher that follows the encoder."""
+    runs = run('--schedule', 'none', '--budget', '0.0016', '--max-steps', '40', '--name', 'm', '--momentum', '0.9')
+    for line in (line for line in log_of(runs / 'm') if 'loss' in line):
+        assert line['momentum'] == pytest.approx(1 - 0.05 * (1 + math.cos(math.pi * (line['step'] - 1) * 16 / 1600)))
+    saved = torch.load(runs / 'm' / 'checkpoint.pt', weights_only=True)['method']
+    name = 'blocks.0.mlp.fc1.weight'
+    torch.manual_seed(0)
+    start = train.vit.ViT(img_size=16, patch_size=4, in_chans=1, embed_dim=32, depth=1, num_heads=1).state_dict()[name]
+    teacher, encoder = saved[f'teacher_encoder.{name}'], saved[f'encoder.{name}']
+    assert 0.2 < (teacher - start).norm() / (encoder - start).norm() < 0.95
+
+
+def test_weights_that_are_not_finite_are_never_saved(run, capsys):
+    message = fails(capsys, lambda: run('--schedule', 'none', '--budget', '0.0004', '--name', 'a', '--lr', '1e30', '--warmup', '0', '--save-every', '0.01'))
+    assert 'lower --lr' in message and ('not finite' in message or 'the loss is' in message)
+    for saved in Path('runs/a').glob('[!c]*.pt'), Path('runs/a').glob('checkpoint.pt'):
+        for path in saved:
+            state = torch.load(path, weights_only=True)
+            state = state.get('method', state.get('model'))
+            assert all(value.isfinite().all() for name, value in state.items() if 'running' not in name), path
 
 
 def test_clip_each_clips_each_tensor_alone():
@@ -279,7 +366,7 @@ def test_measured_cost(run):
     (['--schedule', 'p5'], 'patch size 5 does not divide image size 16x16; use 4, 8 or'),
     (['--patch-size', '6'], 'patch size 6 does not divide'), (['--schedule', 'p4-drop1.5'], 'drop rate 1.5 is outside'),
     (['--schedule', 'fast'], "'fast' is not a compression"), (['--schedule', 'p4@0.5'], 'begins at progress 0'),
-    (['--schedule', 'none.json'], 'no schedule at none.json'), (['--batch-size', '400'], 'batch size 400 is larger than the 320 images'),
+    (['--schedule', 'bad.json'], 'a schedule file holds'), (['--schedule', 'none.json'], 'no schedule at none.json'), (['--batch-size', '400'], 'batch size 400 is larger than the 320 images'),
     (['--batch-size', '1'], 'batch size 1 cannot'), (['--num-heads', '5'], '5 heads do not divide width 32'), (['--lr', 'nan'], '--lr nan'),
     (['--budget', '0'], '--budget 0.0 must be above 0'), (['--warmup', '1.5'], '--warmup 1.5'), (['--data-root', 'nowhere'], 'not in nowhere'),
     (['--dataset', 'folder', '--data-root', 'nowhere'], 'no folder nowhere'), (['--resume', 'nowhere'], 'no checkpoint at nowhere'),
@@ -287,6 +374,7 @@ def test_measured_cost(run):
     (['--auto-share', '0'], '--auto-share 0.0'), (['--metric', 'adam', '--gradstats', '0'], 'no second moment at progress 0'), (['--schedule', 'auto', '--budget', '0.001'], 'does not pay for 4 batches'), (['--device', 'gpu'], 'gpu'), (['--device', 'mps'], '--device mps is not there'),
 ])
 def test_bad_input(run, capsys, tmp_path, flags, message):
+    (tmp_path / 'bad.json').write_text('[1, 2]')
     assert message in fails(capsys, lambda: run(*flags))
     assert not (tmp_path / 'runs').exists()
 
@@ -302,6 +390,26 @@ def test_nothing_is_overwritten(run, capsys):
     (runs / 'b' / 'checkpoint.pt').write_bytes((runs / 'a' / 'checkpoint.pt').read_bytes()[:5000])
     assert 'truncated' in fails(capsys, lambda: run('--resume', runs / 'b', small=False))
     assert (runs / 'a' / 'log.jsonl').read_bytes() == before == (runs / 'b' / 'log.jsonl').read_bytes()
+
+
+def test_another_world_or_data_set_is_not_resumed(run, capsys, tmp_path):
+    runs = run('--budget', '0.0004', '--name', 'a', '--max-steps', 3, '--schedule', 'p8')
+    checkpoint = torch.load(runs / 'a' / 'checkpoint.pt', weights_only=True)
+    torch.save({**checkpoint, 'world': 2}, runs / 'a' / 'checkpoint.pt')
+    assert 'it would be another run' in fails(capsys, lambda: run('--resume', runs / 'a', small=False))
+    torch.save({'model': {}}, runs / 'a' / 'checkpoint.pt')
+    assert 'no checkpoint of train.py' in fails(capsys, lambda: run('--resume', runs / 'a', small=False))
+    assert 'no checkpoint at' in fails(capsys, lambda: run('--resume', '', small=False))
+
+
+def test_a_schedule_file_that_changes_does_not_change_the_run(run, tmp_path):
+    from schedule import Schedule
+    (tmp_path / 's.json').write_text(Schedule.parse('p8').to_json())
+    runs = run('--schedule', 's.json', '--budget', '0.0002', '--name', 'a', '--max-steps', 3)
+    (tmp_path / 's.json').write_text(Schedule.parse('p4').to_json())
+    run('--resume', runs / 'a', small=False)
+    assert {line['patch_size'] for line in log_of(runs / 'a') if 'loss' in line} == {8}
+    (tmp_path / 's.json').write_text('{"stage": 1}')
 
 
 def test_non_finite_loss_stops_with_the_step_and_keeps_the_checkpoint(run, capsys, monkeypatch):
