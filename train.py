@@ -382,7 +382,7 @@ def collapse_warning(metrics, outputs):
 
 def choose(stages, rows, progress, base, horizon):
     """The stages so far and, from `progress` on, the strategy with the lowest CA-MSE, ties to the cheaper."""
-    if rows[0]['norm2'] <= 0:  # the true gradient is lost in noise: nothing to go by
+    if rows[0]['norm2'] <= rows[0]['norm2_sem']:  # the true gradient is lost in noise: nothing to go by
         return stages or [(0.0, base)]
     best = Compression.parse(solve(rows, horizon=horizon).stages[0][1])
     if stages and best == stages[-1][1]:

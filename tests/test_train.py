@@ -336,12 +336,12 @@ def test_auto_measures_within_its_share_and_resumes_bit_exactly(run):
 def test_auto_chooses_the_lowest_error():
     from compress import Compression
     base = Compression(4)
-    rows = [dict(progress=0.3, strategy=s, cost=c, bias2=b, bias2_sem=0.0, variance=1.0, variance_sem=0.0, norm2=1.0)
+    rows = [dict(progress=0.3, strategy=s, cost=c, bias2=b, bias2_sem=0.0, variance=1.0, variance_sem=0.0, norm2=1.0, norm2_sem=0.1)
             for s, c, b in (('p4', 1.0, 0.0), ('p8', 0.3, 0.1), ('p8-drop0.50', 0.2, 2.0))]
     assert train.choose([], rows, 0.0, base, 1) == [(0.0, Compression(8))]
     assert train.choose([(0.0, Compression(8))], rows, 0.3, base, 1) == [(0.0, Compression(8))]
     assert train.choose([(0.0, Compression(8))], rows, 0.3, base, 20) == [(0.0, Compression(8)), (0.3, base)]
-    rows[0]['norm2'] = -1.0
+    rows[0]['norm2_sem'] = 1.5
     assert train.choose([(0.0, Compression(8))], rows, 0.3, base, 1) == [(0.0, Compression(8))] and train.choose([], rows, 0, base, 1) == [(0.0, base)]
 
 
