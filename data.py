@@ -120,7 +120,10 @@ def filter_matrix(start, length, size_in, size_out, interpolation, flip=None):
 
 def separable(images, rows, cols):
     """rows image cols^T for every image and channel: (b c h w), (b s h), (b t w) -> (b c s t)."""
-    return rows[:, None] @ images @ cols[:, None].transpose(2, 3)
+    b, c, h, w = images.shape
+    lines = rearrange(images, 'b c h w -> b h (c w)')                           # two products of b matrices, not b c
+    lines = rearrange(torch.bmm(rows, lines), 'b s (c w) -> b (s c) w', c=c)
+    return rearrange(torch.bmm(lines, cols.transpose(1, 2)), 'b (s c) t -> b c s t', c=c).contiguous()
 
 
 def random_crop(images, view, side, generator):
@@ -128,9 +131,9 @@ def random_crop(images, view, side, generator):
     b, _, h, w = images.shape
     top, left, height, width = crop_boxes(b, h, w, view.scale, generator, images.device)
     flip = uniform(b, 0, 1, generator, images.device) < 0.5
-    rows = filter_matrix(top, height, h, side, view.interpolation)
+    rows = filter_matrix(top, height, h, side, view.interpolation) / 255
     cols = filter_matrix(left, width, w, side, view.interpolation, flip)
-    return separable(images.float() / 255, rows, cols).clamp(0, 1)  # bicubic overshoots
+    return separable(images.float(), rows, cols).clamp_(0, 1)  # bicubic overshoots
 
 
 def resize(images, side):
@@ -144,20 +147,22 @@ def resize(images, side):
 # ---------------------------------------------------------------- colour
 
 def luminance(images):
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)
-    return torch.einsum('b c h w, c -> b h w', images, weights)[:, None]
+    """(b 3 h w) -> (b 1 h w)."""
+    r, g, b = images.split(1, dim=1)
+    return (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
 def shift_hue(images, shift):
     """Turns the hue of RGB images (b 3 h w) by shift (b), in turns of the colour circle; exact in HSV."""
     r, g, b = images.unbind(1)
-    value, chroma = images.amax(1), images.amax(1) - images.amin(1)
-    safe = chroma.clamp(min=1e-8)
-    sextant = torch.where(value == r, (g - b) / safe,
-                          torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
-    sextant = sextant + 6 * shift[:, None, None]
-    k = torch.stack([sextant + 5, sextant + 3, sextant + 1], dim=1) % 6         # b 3 h w
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    value, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma = value - low
+    is_r, is_g = (value == r).float(), (value == g).float()                     # lerp by 0 or 1: where() is slow here
+    hue = (r - g).lerp_(b - r, is_g).lerp_(g - b, is_r).div_(chroma.clamp(min=1e-8))
+    hue += (4 - 2 * is_g).mul_(1 - is_r).add_(6 * shift[:, None, None])
+    hue -= (hue / 6).floor_().mul_(6)                                           # sextants of the circle, in [0, 6)
+    share = [(hue - 3).abs_().sub_(1), (hue - 2).abs_().neg_().add_(2), (hue - 4).abs_().neg_().add_(2)]
+    return torch.stack([torch.addcmul(low, chroma, s.clamp_(0, 1)) for s in share], dim=1)
 
 
 def color_jitter(images, view, generator):
@@ -176,25 +181,26 @@ def color_jitter(images, view, generator):
     factors = torch.where(applied[:, None], factors.clamp(min=0), 1)
     hue = torch.where(applied, uniform(b, -view.jitter[3], view.jitter[3], generator, device), 0)
     order = uniform((b, 3), 0, 1, generator, device).argsort(dim=1)             # 0 brightness 1 contrast 2 saturation
-    hue_place = (uniform(b, 0, 1, generator, device) * 4).floor()
+    hue_place = (uniform(b, 0, 1, generator, device) * 4).floor()[:, None]      # hue comes after this many blends
     if c == 1:
         hue_place = torch.full_like(hue_place, 3)                               # all blends before
-        factors = torch.cat([factors[:, :2], torch.ones_like(factors[:, 2:])], dim=1)
+        factors[:, 2] = 1
 
-    def blend(images, op, active):
-        factor = torch.where(active, factors.gather(1, op[:, None])[:, 0], 1)[:, None, None, None]
-        gray = luminance(images) if c == 3 else images
-        reference = torch.where((op == 2)[:, None, None, None], gray,
-                                (op == 1)[:, None, None, None] * gray.mean(dim=(2, 3), keepdim=True))
-        return (factor * images + (1 - factor) * reference).clamp(0, 1)
+    weight = 1 - factors.gather(1, order)                                       # b 3: of the reference, by place
+    before = torch.arange(3, device=device) < hue_place
+    weight = torch.stack([weight * before, weight * ~before])[..., None, None, None]  # 2 b 3 1 1 1
+    contrast, saturation = (order == 1)[..., None, None, None].float(), (order == 2)[..., None, None, None].float()
 
-    for i in range(3):
-        images = blend(images, order[:, i], i < hue_place)
-    if c == 3:
-        images = shift_hue(images, hue)
+    def blends(images, weight):
         for i in range(3):
-            images = blend(images, order[:, i], i >= hue_place)
-    return images
+            gray = luminance(images) if c == 3 else images
+            mean = gray.mean(dim=(2, 3), keepdim=True)
+            reference = torch.addcmul(contrast[:, i] * mean, saturation[:, i], gray)
+            images = images.lerp_(reference.expand_as(images), weight[:, i]).clamp_(0, 1)
+        return images
+
+    images = blends(images.clone(), weight[0])
+    return blends(shift_hue(images, hue), weight[1]) if c == 3 else images
 
 
 def blur_matrix(sigma, size):
@@ -210,23 +216,23 @@ def augment(images, view, generator):
     b, c, side, _ = images.shape
 
     def chosen(probability):
-        return (uniform(b, 0, 1, generator, images.device) < probability)[:, None, None, None]
+        return (uniform(b, 0, 1, generator, images.device) < probability).float()[:, None, None, None]
 
     if view.jitter_p:
         images = color_jitter(images, view, generator)
     if view.gray_p and c == 3:
-        images = torch.where(chosen(view.gray_p), luminance(images), images)
+        images = images.lerp(luminance(images).expand_as(images), chosen(view.gray_p))
     if view.blur_p:
         matrix = blur_matrix(uniform(b, 0.1, 2.0, generator, images.device), side)
-        images = torch.where(chosen(view.blur_p), separable(images, matrix, matrix), images)
+        images = images.lerp(separable(images, matrix, matrix), chosen(view.blur_p))
     if view.solarize_p:
-        images = torch.where(chosen(view.solarize_p) & (images >= 128 / 255), 1 - images, images)
+        images = images.lerp(1 - images, chosen(view.solarize_p) * (images >= 128 / 255))
     return images
 
 
 def normalize(images, mean, std):
     mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
-    return (images - mean) / std
+    return torch.addcmul(-mean / std, images, 1 / std)
 
 
 def make_views(batch, views, sides, generator):
