@@ -235,7 +235,7 @@ def knn_predict(queries, bank, bank_labels, classes, k=20, temperature=0.07, chu
     for part in F.normalize(queries, dim=1).to(dtype).split(chunk):
         similarity, nearest = (part @ bank.T).topk(k, dim=1)                    # chunk k
         votes = torch.zeros(len(part), classes, device=part.device)
-        votes.scatter_add_(1, bank_labels[nearest], ((similarity.float() - 1) / temperature).exp())  # - 1: no overflow
+        votes.scatter_add_(1, bank_labels[nearest], ((similarity - similarity[:, :1]).float() / temperature).exp())  # no overflow
         predictions.append(votes.argmax(dim=1))
     return torch.cat(predictions)
 
