@@ -10,6 +10,7 @@ Each writes experiments/results/FIGURE.png, or what -o says.
 """
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -70,13 +71,13 @@ def gradstats(paths):
             ([row['bias2'] / row['norm2'] for row in mine], [row['bias2_sem'] / row['norm2'] for row in mine]),
             ([row['cost'] * row['variance'] / row['norm2'] for row in mine], [row['cost'] * row['variance_sem'] / row['norm2'] for row in mine]),
             ([cost_adjusted_mse(row['bias2'], row['variance'], row['cost']) / row['norm2'] for row in mine],
-             [row['bias2_sem'] / row['norm2'] for row in mine]))
+             [math.hypot(row['bias2_sem'], row['cost'] * row['variance_sem']) / row['norm2'] for row in mine]))
         for axis, (y, error) in zip(axes, columns):
             axis.errorbar(x, y, error, marker='o', capsize=2, color=color, label=f'{strategy} (cost {mine[0]["cost"]:.2f})')
     for axis, title in zip(axes, ('squared bias', 'cost-adjusted variance', 'CA-MSE')):
         axis.set(title=title, xlabel='progress', yscale='symlog' if title == 'squared bias' else 'log')
     axes[0].set_ylabel('fraction of the squared norm of the true gradient')
-    axes[2].legend(fontsize=8)
+    axes[2].legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     return figure
 
 
