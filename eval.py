@@ -449,6 +449,21 @@ def probe_moco(encoder, classes, data, ids, patch_size, img_size, epochs, batch_
 
 # ---------------------------------------------------------------- command line
 
+def pick_device(name):
+    """The device of a --device flag; on CUDA, this process's own one of the machine."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if (name == 'cuda' and not torch.cuda.is_available()) or (name == 'mps' and not torch.backends.mps.is_available()):
+        raise ValueError(f'--device {name} is not there; use --device cpu, or a torch built for it')
+    if name != 'cuda':
+        return torch.device(name)
+    local_rank, count = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(f'process {local_rank} of this machine has no GPU, there are {count}; lower --nproc_per_node')
+    torch.cuda.set_device(local_rank)
+    return torch.device('cuda', local_rank)
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Formatter)
     g = parser.add_argument_group('weights')
@@ -531,18 +546,11 @@ def main():
     args = parse_args()
     check(args)
     shard = 'WORLD_SIZE' in os.environ
-    name = args.device
-    if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    device = torch.device(name, int(os.environ.get('LOCAL_RANK', 0)) if name == 'cuda' else None)
-    if (name == 'cuda' and not torch.cuda.is_available()) or (name == 'mps' and not torch.backends.mps.is_available()):
-        raise ValueError(f'--device {name} is not there; use --device cpu, or a torch built for it')
-    if args.half_bank and name != 'cuda':
-        raise ValueError(f'--half-bank is for GPUs, --device {name} is slow in half precision; leave it out')
-    if name == 'cuda':
-        torch.cuda.set_device(device)
+    device = pick_device(args.device)
+    if args.half_bank and device.type != 'cuda':
+        raise ValueError(f'--half-bank is for GPUs, --device {device.type} is slow in half precision; leave it out')
     if shard:
-        dist.init_process_group('nccl' if name == 'cuda' else 'gloo')
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     world, main_process = dist.get_world_size() if shard else 1, not shard or dist.get_rank() == 0
     say = print if main_process else (lambda *_, **__: None)
 

@@ -34,7 +34,7 @@ import data as datasets
 import losses
 import vit
 from compress import Compression, forward_flops, local_side, num_keep, sample_cost, training_flops
-from eval import knn_accuracy
+from eval import Formatter, knn_accuracy, pick_device
 from gradstats import gradient_stats
 from schedule import Schedule, cosine, polynomial, ramp, solve, warmup
 
@@ -122,13 +122,6 @@ def build_parser(method):
     g.add_argument('--resume', metavar='RUN', help='folder of a run to go on with, under its own flags')
     parser.set_defaults(**METHOD_DEFAULTS[method])
     return parser
-
-
-class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the docstring as it is written, and the default of each flag that has one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def parse_args(argv):
@@ -394,20 +387,11 @@ def train(args, checkpoint):
     # ---- processes and device
     distributed = 'WORLD_SIZE' in os.environ
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    name = args.device
-    if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    device = torch.device(name, int(os.environ.get('LOCAL_RANK', 0)) if name == 'cuda' else None)
-    if (name == 'cuda' and not torch.cuda.is_available()) or (name == 'mps' and not torch.backends.mps.is_available()):
-        raise ValueError(f'--device {name} is not there; use --device cpu, or a torch built for it')
-    if name == 'cuda':
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f'process {device.index} of this machine has no GPU, there are {torch.cuda.device_count()}; lower --nproc_per_node')
-        torch.cuda.set_device(device)
+    device = pick_device(args.device)
     if not checkpoint:
         refuse_existing(args)  # in every process, before they wait for each other
     if distributed:
-        dist.init_process_group('nccl' if name == 'cuda' else 'gloo')
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     if args.batch_size % world or args.batch_size // world < 2:
         raise ValueError(f'batch size {args.batch_size} cannot be shared by {world} process(es) as at least 2 images each; '
                          f'use a multiple of {world} from {2 * world} on')
@@ -664,6 +648,8 @@ def train(args, checkpoint):
             next_save += args.save_every
             save_run()
         if args.max_steps and step >= args.max_steps and spent < budget:
+            if distributed:
+                dist.barrier()  # no process leaves while another still listens to it
             save_run()
             bar.close()
             say(f'stopped at step {step}, {100 * spent / budget:.0f} % of the budget; --resume goes on')
@@ -675,6 +661,8 @@ def train(args, checkpoint):
         for metric in args.metric:
             measure(point, grid, args.probe_batches, 4, metric)
     points = []
+    if distributed:
+        dist.barrier()
     if schedule is None and main_process:
         save(Schedule(tuple(stages)).to_json(), folder / 'schedule.json')
     score('end')

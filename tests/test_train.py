@@ -156,7 +156,7 @@ def test_dino_steps_equal_those_written_out_by_hand(run, tiny_fashion, tmp_path,
         command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(CODE / 'train.py'), *SMALL,
                    '--data-root', str(tiny_fashion), *flags]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
     import data as datasets
     saved = torch.load(tmp_path / 'runs' / 'r' / 'checkpoint.pt', weights_only=True)['method']
     expected = replay(flags, datasets.load('fashion_mnist', tiny_fashion), 20, world)
