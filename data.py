@@ -37,7 +37,7 @@ def keyed_generator(*key, device='cpu'):
 
 
 def uniform(shape, low, high, generator, device):
-    return (torch.rand(shape, generator=generator, device=generator.device) * (high - low) + low).to(device)
+    return torch.empty(shape, device=generator.device).uniform_(low, high, generator=generator).to(device)
 
 
 # ---------------------------------------------------------------- recipes
@@ -102,20 +102,22 @@ def filter_matrix(start, length, size_in, size_out, interpolation, flip=None):
     flip (b) bool mirrors the result.
     """
     step = (length / size_out)[:, None]                                        # b 1, input pixels per output
+    reach = step.clamp(min=1)                                                  # of the filter, in input pixels
     index = torch.arange(size_out, device=start.device) + 0.5
     if flip is not None:
         index = torch.where(flip[:, None], size_out - index, index)
-    centers = start[:, None] + index * step                                    # b out
+    centers = (start[:, None] + index * step) / reach                          # b out
     pixels = torch.arange(size_in, device=start.device) + 0.5
-    x = ((pixels - centers[:, :, None]) / step.clamp(min=1)[:, :, None]).abs()  # b out in
-    if interpolation == 'bilinear':
-        weights = (1 - x).clamp(min=0)
-    else:  # bicubic, a = -0.5
-        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
-        weights = torch.where(x < 2, weights, 0)
     inside = (pixels > start[:, None]) & (pixels < (start + length)[:, None])
-    weights = weights * inside[:, None]
-    return weights / weights.sum(dim=2, keepdim=True)
+    pixels = torch.where(inside, pixels / reach, math.inf)                     # b in, those outside out of reach
+    x = (pixels[:, None] - centers[:, :, None]).abs_()                         # b out in
+    if interpolation == 'bilinear':
+        weights = x.sub_(1).clamp_(max=0)                                      # -(1 - x); the sign leaves with the sum
+    else:  # bicubic, a = -0.5; beyond 2 it is 0
+        x.clamp_(max=2)
+        near, far = ((1.5 * x - 2.5) * x * x).add_(1), (((-0.5 * x + 2.5) * x - 4) * x).add_(2)
+        weights = far.lerp_(near, torch.lt(x, 1, out=x))
+    return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
 def separable(images, rows, cols):
@@ -133,7 +135,8 @@ def random_crop(images, view, side, generator):
     flip = uniform(b, 0, 1, generator, images.device) < 0.5
     rows = filter_matrix(top, height, h, side, view.interpolation) / 255
     cols = filter_matrix(left, width, w, side, view.interpolation, flip)
-    return separable(images.float(), rows, cols).clamp_(0, 1)  # bicubic overshoots
+    crops = separable(images.float(), rows, cols)
+    return crops.clamp_(0, 1) if view.interpolation == 'bicubic' else crops  # bicubic overshoots
 
 
 def resize(images, side):
@@ -157,50 +160,56 @@ def shift_hue(images, shift):
     r, g, b = images.unbind(1)
     value, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = value - low
-    is_r, is_g = (value == r).float(), (value == g).float()                     # lerp by 0 or 1: where() is slow here
+    is_r, is_g = (torch.eq(value, channel, out=torch.empty_like(value)) for channel in (r, g))  # 0 or 1
     hue = (r - g).lerp_(b - r, is_g).lerp_(g - b, is_r).div_(chroma.clamp(min=1e-8))
-    hue += (4 - 2 * is_g).mul_(1 - is_r).add_(6 * shift[:, None, None])
-    hue -= (hue / 6).floor_().mul_(6)                                           # sextants of the circle, in [0, 6)
-    share = [(hue - 3).abs_().sub_(1), (hue - 2).abs_().neg_().add_(2), (hue - 4).abs_().neg_().add_(2)]
-    return torch.stack([torch.addcmul(low, chroma, s.clamp_(0, 1)) for s in share], dim=1)
+    hue.add_(is_g.sub_(2).mul_(is_r.sub_(1)), alpha=2)                          # + 0, 2 or 4 sextants
+    hue.div_(6).add_(1 + shift[:, None, None]).frac_().mul_(6)
+    turned = torch.empty_like(images)
+    torch.sub(hue, 3, out=turned[:, 0]).abs_().sub_(1)
+    torch.sub(hue, 2, out=turned[:, 1]).abs_().neg_().add_(2)
+    torch.sub(hue, 4, out=turned[:, 2]).abs_().neg_().add_(2)
+    return turned.clamp_(0, 1).mul_(chroma[:, None]).add_(low[:, None])
 
 
 def color_jitter(images, view, generator):
     """Brightness, contrast, saturation and hue in random order, each drawn per image, with probability jitter_p.
 
     The first three are blends, f x + (1 - f) reference, with reference 0, the mean luminance and the luminance
-    of the pixel: one operation with per-image coefficients. Hue comes before, between or after them, so three
-    blends run on either side of it, and those of the other side do nothing. Grey images have no saturation and
-    no hue: these two are skipped.
+    of the pixel: one operation with per-image coefficients. Hue comes after 0, 1, 2 or 3 of the blends: these four
+    places are dealt out evenly over the batch, a random quarter each, so that a place is a slice. Grey images have
+    no saturation and no hue: these two are skipped.
     """
     b, c, _, _ = images.shape
     device = images.device
     applied = uniform(b, 0, 1, generator, device) < view.jitter_p
-    strength = torch.tensor(view.jitter[:3], device=device)
-    factors = 1 + uniform((b, 3), -1, 1, generator, device) * strength
-    factors = torch.where(applied[:, None], factors.clamp(min=0), 1)
-    hue = torch.where(applied, uniform(b, -view.jitter[3], view.jitter[3], generator, device), 0)
+    factors = torch.stack([uniform(b, max(0, 1 - s), 1 + s, generator, device) for s in view.jitter[:3]], dim=1)
+    hue = uniform(b, -view.jitter[3], view.jitter[3], generator, device) * applied
     order = uniform((b, 3), 0, 1, generator, device).argsort(dim=1)             # 0 brightness 1 contrast 2 saturation
-    hue_place = (uniform(b, 0, 1, generator, device) * 4).floor()[:, None]      # hue comes after this many blends
+    dealt = uniform(b, 0, 1, generator, device).argsort()
     if c == 1:
-        hue_place = torch.full_like(hue_place, 3)                               # all blends before
         factors[:, 2] = 1
+    weight = ((1 - factors.gather(1, order)) * applied[:, None])[..., None, None, None]  # b 3 1 1 1, by place
+    contrast, saturation = ((order == i).float()[..., None, None, None] for i in (1, 2))
 
-    weight = 1 - factors.gather(1, order)                                       # b 3: of the reference, by place
-    before = torch.arange(3, device=device) < hue_place
-    weight = torch.stack([weight * before, weight * ~before])[..., None, None, None]  # 2 b 3 1 1 1
-    contrast, saturation = (order == 1)[..., None, None, None].float(), (order == 2)[..., None, None, None].float()
+    def blend(place, part):
+        x = images[part]
+        gray = luminance(x) if c == 3 else x.clone()
+        mean = gray.mean(dim=(2, 3), keepdim=True)
+        reference = gray.mul_(saturation[part, place]).add_(contrast[part, place] * mean)
+        x.lerp_(reference.expand_as(x), weight[part, place]).clamp_(0, 1)
 
-    def blends(images, weight):
-        for i in range(3):
-            gray = luminance(images) if c == 3 else images
-            mean = gray.mean(dim=(2, 3), keepdim=True)
-            reference = torch.addcmul(contrast[:, i] * mean, saturation[:, i], gray)
-            images = images.lerp_(reference.expand_as(images), weight[:, i]).clamp_(0, 1)
-        return images
-
-    images = blends(images.clone(), weight[0])
-    return blends(shift_hue(images, hue), weight[1]) if c == 3 else images
+    images = images.index_select(0, dealt)                                      # a copy; every draw above is as good for it
+    if c == 1:
+        for place in range(3):
+            blend(place, slice(None))
+    else:
+        ends = [b * i // 4 for i in (1, 2, 3)]                                   # hue first, second, third up to here
+        for place in range(3):
+            blend(place, slice(ends[place], None))
+        images = shift_hue(images, hue)
+        for place in range(3):
+            blend(place, slice(ends[place]))
+    return images.index_select(0, dealt.argsort())
 
 
 def blur_matrix(sigma, size):
@@ -211,38 +220,67 @@ def blur_matrix(sigma, size):
     return weights / weights.sum(dim=2, keepdim=True)
 
 
-def augment(images, view, generator):
-    """Colour jitter, grayscale, blur, solarization of float crops (b c s s) in [0, 1]; order as MoCo-v3's."""
-    b, c, side, _ = images.shape
-
-    def chosen(probability):
-        return (uniform(b, 0, 1, generator, images.device) < probability).float()[:, None, None, None]
-
+def recolor(images, view, generator):
+    """Colour jitter and grayscale."""
     if view.jitter_p:
         images = color_jitter(images, view, generator)
-    if view.gray_p and c == 3:
-        images = images.lerp(luminance(images).expand_as(images), chosen(view.gray_p))
-    if view.blur_p:
-        matrix = blur_matrix(uniform(b, 0.1, 2.0, generator, images.device), side)
-        images = images.lerp(separable(images, matrix, matrix), chosen(view.blur_p))
-    if view.solarize_p:
-        images = images.lerp(1 - images, chosen(view.solarize_p) * (images >= 128 / 255))
+    if view.gray_p and images.shape[1] == 3:
+        images = images.lerp(luminance(images).expand_as(images), chosen(images, view.gray_p, generator))
     return images
 
 
+def finish(images, view, generator):
+    """Blur and solarization."""
+    if view.blur_p:
+        matrix = blur_matrix(uniform(len(images), 0.1, 2.0, generator, images.device), images.shape[3])
+        images = images.lerp(separable(images, matrix, matrix), chosen(images, view.blur_p, generator))
+    if view.solarize_p:
+        bright = torch.ge(images, 128 / 255, out=torch.empty_like(images))
+        images = images.lerp(1 - images, bright.mul_(chosen(images, view.solarize_p, generator)))
+    return images
+
+
+def chosen(images, probability, generator):
+    """(b 1 1 1): 1 with this probability, else 0."""
+    return (uniform(len(images), 0, 1, generator, images.device) < probability).float()[:, None, None, None]
+
+
+def augment(images, view, generator):
+    """Everything after the crop, in MoCo-v3's order, for float crops (b c s s) in [0, 1]."""
+    return finish(recolor(images, view, generator), view, generator)
+
+
 def normalize(images, mean, std):
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
-    return torch.addcmul(-mean / std, images, 1 / std)
+    """(images - mean) / std by channel."""
+    out = torch.empty_like(images)
+    for i in range(images.shape[1]):
+        torch.sub(images[:, i], mean[i], out=out[:, i]).div_(std[i])
+    return out
 
 
 def make_views(batch, views, sides, generator):
     """The augmented views, list of float32 (b c s s) in [0, 1], of a batch from `batches`: uint8 images (b c h w),
-    or a folder's crops, one uint8 (b c s' s') per view. sides: the side of each view."""
-    if torch.is_tensor(batch):
-        crops = [random_crop(batch, view, side, generator) for view, side in zip(views, sides)]
-    else:
-        crops = [resize(crop, side) for crop, side in zip(batch, sides)]
-    return [augment(crop, view, generator) for crop, view in zip(crops, views)]
+    or a folder's crops, one uint8 (b c s' s') per view. sides: the side of each view.
+
+    Neighbouring views that differ in blur and solarization alone are one batch until then: fewer, larger operations.
+    On a CPU 64 images at a time, so that what is in work stays in its cache.
+    """
+    kinds = [(replace(view, blur_p=0.0, solarize_p=0.0), side) for view, side in zip(views, sides)]
+    groups = [list(members) for _, members in itertools.groupby(range(len(views)), key=kinds.__getitem__)]
+    crops_given = not torch.is_tensor(batch)
+    b, device = (len(batch[0]), batch[0].device) if crops_given else (len(batch), batch.device)
+    size = 64 if device.type == 'cpu' else b
+    made = [[] for _ in views]
+    for part in (slice(start, start + size) for start in range(0, b, size)):
+        for members in groups:
+            kind, side = kinds[members[0]]
+            if crops_given:
+                crops = torch.cat([resize(batch[i][part], side) for i in members])
+            else:
+                crops = random_crop(batch[part].repeat(len(members), 1, 1, 1), kind, side, generator)
+            for i, crop in zip(members, recolor(crops, kind, generator).chunk(len(members))):
+                made[i].append(finish(crop, views[i], generator))
+    return [torch.cat(parts) for parts in made]
 
 
 # ---------------------------------------------------------------- data sets

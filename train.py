@@ -34,18 +34,18 @@ import data as datasets
 import losses
 import vit
 from compress import Compression, forward_flops, local_side, num_keep, sample_cost, training_flops
-from eval import Formatter, knn_accuracy, pick_device
+from eval import Formatter, knn_accuracy, pick_device, read_file
 from gradstats import gradient_stats
 from schedule import Schedule, cosine, polynomial, ramp, solve, warmup
 
 # What the three papers do differently. Head sizes and learning rates are ours, for small images; the papers':
-# MoCo-v3 --hidden 4096, DINO --hidden 2048 --out-dim 65536.
+# MoCo-v3 --hidden 4096, DINO --hidden 2048 --out-dim 65536 --momentum 0.996, which a run of 1,000 steps hardly moves.
 METHOD_DEFAULTS = dict(
     moco=dict(out_dim=256, temperature=0.2, symmetric=False, momentum=0.99, weight_decay=0.1, weight_decay_end=0.1,
               clip_grad=0.0, lr=4e-3),
     simclr=dict(out_dim=256, temperature=0.1, symmetric=True, momentum=0.0, weight_decay=0.1, weight_decay_end=0.1,
                 clip_grad=0.0, lr=4e-3),
-    dino=dict(out_dim=1024, temperature=0.1, symmetric=True, momentum=0.996, weight_decay=0.04, weight_decay_end=0.4,
+    dino=dict(out_dim=1024, temperature=0.1, symmetric=True, momentum=0.98, weight_decay=0.04, weight_decay_end=0.4,
               clip_grad=3.0, lr=1e-3),
 )
 COUNTERS = ('step', 'units', 'samples', 'next_eval', 'next_save', 'seconds', 'seconds_data')  # of a checkpoint
@@ -81,7 +81,7 @@ def build_parser(method):
     g.add_argument('--out-dim', type=int, help='outputs of the heads (DINO paper: 65536)')
     g.add_argument('--temperature', type=float, help='of the loss; DINO: of the student')
     g.add_argument('--symmetric', action=argparse.BooleanOptionalAction, help='both views are query, anchor or target once, instead of one')
-    g.add_argument('--momentum', type=float, help='of the EMA teacher at the start; 1 at the end, by a cosine')
+    g.add_argument('--momentum', type=float, help='of the EMA teacher at the start; 1 at the end, by a cosine (MoCo-v3: 0.99, DINO: 0.996)')
     g.add_argument('--teacher-temp', type=float, nargs=2, default=[0.04, 0.07], help='DINO: at the start, and from 30 %% of progress on')
     g.add_argument('--freeze-last-layer', type=float, default=0.01, help='DINO: progress until which the last layer stays (paper: 1 of 100 epochs)')
 
@@ -281,9 +281,17 @@ class Probe:
             keys.append([(f'probe {step}', index) for index in order[self.rank * share:(self.rank + 1) * share].tolist()])
         return self.data.batches(keys, self.views, self.sides(Compression(self.args.patch_size)), self.args.seed, self.device, 0)
 
-    def measure(self, grid, count, groups, step, metric):
-        """{strategy: GradStats} against the base strategy. BatchNorm's buffers are put back afterwards."""
+    @contextlib.contextmanager
+    def no_trace(self):
+        """Puts back what a forward pass changes: BatchNorm's buffers, DINO's center."""
         kept = [buffer.clone() for buffer in self.method.buffers()]
+        yield
+        for buffer, value in zip(self.method.buffers(), kept):
+            buffer.copy_(value)
+        self.method.batch_center = None
+
+    def measure(self, grid, count, groups, step, metric):
+        """{strategy: GradStats} against the base strategy."""
         batches, scale, current = self.batches(count, step), self.scale(metric), {}
 
         def grad_fn(i, strategy):
@@ -291,23 +299,18 @@ class Probe:
                 current.clear()
                 current[i] = next(batches)
             return self.gradient(current[i], strategy, (step, i)) * scale
-        stats = gradient_stats(grad_fn, grid, Compression(self.args.patch_size), range(count), groups)
-        for buffer, value in zip(self.method.buffers(), kept):
-            buffer.copy_(value)
-        self.method.batch_center = None
-        return stats
+        with self.no_trace():
+            return gradient_stats(grad_fn, grid, Compression(self.args.patch_size), range(count), groups)
 
     def seconds(self, grid, repeats=5):
         """{strategy: median seconds of a gradient}, measured in turns after a warm-up."""
-        kept = [buffer.clone() for buffer in self.method.buffers()]
         images, times = next(self.batches(1, 'cost')), {c: [] for c in grid}
-        for i in range(repeats + 1):
-            for c in grid:
-                start = time.perf_counter()
-                self.gradient(images, c, ('cost', i))[0].item()
-                times[c].append(time.perf_counter() - start)
-        for buffer, value in zip(self.method.buffers(), kept):
-            buffer.copy_(value)
+        with self.no_trace():
+            for i in range(repeats + 1):
+                for c in grid:
+                    start = time.perf_counter()
+                    self.gradient(images, c, ('cost', i))[0].item()
+                    times[c].append(time.perf_counter() - start)
         return {c: statistics.median(values[1:]) for c, values in times.items()}
 
 
@@ -329,14 +332,10 @@ def save(value, path):
 def load_checkpoint(path):
     if not path.is_file():
         raise FileNotFoundError(f'no checkpoint at {path}; --resume takes the folder of a run, such as runs/moco-shapes-0')
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        if {'method', 'optimizer', 'args', 'stages', *COUNTERS} <= set(checkpoint):
-            return checkpoint
-        reason = 'it has other contents'
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-    raise ValueError(f'{path} cannot be read, it is truncated or no checkpoint of train.py: {reason}')
+    checkpoint = read_file(path)
+    if not isinstance(checkpoint, dict) or not {'method', 'optimizer', 'args', 'stages', *COUNTERS} <= set(checkpoint):
+        raise ValueError(f'{path} is no checkpoint of a run; --resume takes the folder that train.py made')
+    return checkpoint
 
 
 def forget_after(path, step):
@@ -373,14 +372,12 @@ def collapse_warning(metrics, outputs):
     return None
 
 
-def choose(stages, rows, progress, base, horizon):
-    """The stages so far and, from `progress` on, the strategy with the lowest CA-MSE, ties to the cheaper."""
-    if rows[0]['norm2'] <= rows[0]['norm2_sem']:  # the true gradient is lost in noise: nothing to go by
-        return stages or [(0.0, base)]
-    best = Compression.parse(solve(rows, horizon=horizon).stages[0][1])
-    if stages and best == stages[-1][1]:
-        return stages
-    return [*stages, (progress, best)]
+def choose(schedule, rows, progress, horizon):
+    """The schedule so far and, from `progress` on, the strategy with the lowest CA-MSE, ties to the cheaper."""
+    rows = [{**row, 'norm2': 1.0} for row in rows]  # at one progress the scale does not matter, and it is the noisiest number
+    best = Compression.parse(solve(rows, horizon=horizon).at(0))
+    stages = schedule.stages if schedule else ()
+    return schedule if stages and best == stages[-1][1] else Schedule((*stages, (progress, best)))
 
 
 def train(args, checkpoint):
@@ -413,17 +410,16 @@ def train(args, checkpoint):
     encoder = build_encoder(args, data.channels)
     method = build_method(args, encoder).to(device)
     base = Compression(args.patch_size)
-    schedule, grid = build_schedule(args), build_grid(args)
+    schedule, grid, auto = build_schedule(args), build_grid(args), args.schedule == 'auto'
     if checkpoint:
         if (checkpoint['world'], checkpoint['images']) != (world, len(data)):
             raise ValueError(f'the run had {checkpoint["world"]} process(es) and {checkpoint["images"]} images, now there are {world} and '
                              f'{len(data)}: it would be another run; resume it as it was')
-        if schedule is not None:  # a schedule file may have changed since
-            schedule = Schedule(tuple((start, Compression.parse(c)) for start, c in checkpoint['stages']))
+        schedule = Schedule(tuple(checkpoint['stages'])).map(Compression.parse)  # auto's so far; a file may have changed since
     points = Schedule.points(args.gradstats) if args.gradstats else []
-    if 'adam' in args.metric and (0 in points or (schedule is None and args.metric[0] == 'adam')):
+    if 'adam' in args.metric and (0 in points or (auto and args.metric[0] == 'adam')):
         raise ValueError('--metric adam: Adam has no second moment at progress 0; start --gradstats later, and auto with euclidean')
-    measured = grid if schedule is None or points or args.grid else []
+    measured = grid if auto or points or args.grid else []
     used = list(dict.fromkeys([base, *measured, *(c for _, c in (schedule.stages if schedule else ()))]))
     for compression in used:
         encoder.grid(args.img_size, args.img_size, compression.patch_size)  # refuses a patch size that does not fit
@@ -461,11 +457,10 @@ def train(args, checkpoint):
     elif args.cost == 'measured':
         timed = probe.seconds(used)
         cost = {c: losses.mean_over_ranks(torch.tensor(timed[c] / timed[base], device=device)).item() for c in used}
-    moments, auto_batches = plan_auto(args, grid, cost, budget) if schedule is None else ([], 0)
-    if schedule is None and not moments:
+    moments, auto_batches = plan_auto(args, grid, cost, budget) if auto else ([], 0)
+    if auto and not moments:
         raise ValueError(f'--auto-share {args.auto_share:g} of {budget:,.0f} units does not pay for 4 batches of each of {len(grid)} strategies, '
                          f'{4 * args.batch_size * sum(cost[c] for c in grid):,.0f} units; raise --budget or --auto-share, or shorten --grid')
-    stages = list(schedule.stages) if schedule else []
 
     # ---- resume
     step, spent, samples, next_eval, next_save, seconds, seconds_data = 0, 0.0, 0, 0.0, args.save_every, 0.0, 0.0
@@ -474,7 +469,6 @@ def train(args, checkpoint):
         optimizer.load_state_dict(checkpoint['optimizer'])
         step, spent, samples, next_eval, next_save, seconds, seconds_data = (checkpoint[key] for key in COUNTERS)
         points, moments = checkpoint['points'], checkpoint['moments']
-        stages = [(start, Compression.parse(name)) for start, name in checkpoint['stages']]
         folder = Path(args.resume)
         if spent >= budget:
             raise ValueError(f'{folder} has spent its budget of {budget / 1e6:g}M units; start a new run for a longer one')
@@ -497,11 +491,11 @@ def train(args, checkpoint):
         f'{encoder.sizes["depth"]}, {encoder.sizes["num_heads"]} heads, patch size {args.patch_size}, '
         f'{encoder.base_grid[0] * encoder.base_grid[1]} patches')
     say('cost      ' + ', '.join(f'{c} {cost[c]:.3f}' for c in sorted(used, key=cost.get)) + f' units per sample ({args.cost})')
-    for c in {c for _, c in stages} if schedule else ():
+    for c in {c for _, c in schedule.stages} if not auto else ():
         if cost[c] > 1:
             say(f'warning: {c} costs more than no compression, p{args.patch_size}; is --patch-size right?')
     say(f'budget    {budget:,.0f} units ({budget / len(data):.1f} uncompressed epochs; {budget * unit / forward / 1e6:.2f}M bare forward passes)')
-    if schedule is not None:
+    if not auto:
         say(f'schedule  {schedule}')
     else:
         say(f'schedule  auto: measures {auto_batches} batches of each strategy at {", ".join(f"{100 * p:.0f} %" for p in moments)} of the budget')
@@ -522,7 +516,7 @@ def train(args, checkpoint):
     def state():
         counters = dict(zip(COUNTERS, (step, spent, samples, next_eval, next_save, seconds, seconds_data)))
         return dict(method=method.state_dict(), optimizer=optimizer.state_dict(), args=vars(args), points=points, moments=moments,
-                    world=world, images=len(data), stages=[(start, str(c)) for start, c in stages], cost={str(c): value for c, value in cost.items()}, **counters)
+                    world=world, images=len(data), stages=[(start, str(c)) for start, c in schedule.stages], cost={str(c): value for c, value in cost.items()}, **counters)
 
     def save_run():
         if not all(torch.isfinite(p).all() for p in method.parameters()):
@@ -557,13 +551,11 @@ def train(args, checkpoint):
                                                  query_limit=5_000, workers=args.workers)
             write(step=step, progress=spent / budget, units=spent, nn=scores[1], knn=scores[20])
             tqdm.write(f'{when}: {scores[20]:.2f} % 20-NN, {scores[1]:.2f} % NN, uncompressed, {bank} bank and {queries} test images')
-            return scores
 
     # ---- the loop
     bar = tqdm(total=round(budget), initial=round(spent), unit='unit', disable=not main_process, dynamic_ncols=True,
                bar_format='{percentage:3.0f}% |{bar:10}| {n_fmt}/{total_fmt} units, {elapsed}<{remaining} {postfix}')
     batches = data.batches(keys, views, sides(base), args.seed, device, args.workers)
-    trainable = [p for p in method.parameters() if p.requires_grad]
     clock, warned = time.perf_counter(), set()
     while spent < budget:
         if spent / budget >= next_eval:
@@ -591,14 +583,14 @@ def train(args, checkpoint):
 
         # compression for this step; auto measures where the run is now, and never goes back to a cheaper strategy
         if moments and progress >= moments[0]:
-            candidates = [c for c in grid if c == base or not stages or cost[c] >= cost[stages[-1][1]]]
+            candidates = [c for c in grid if c == base or not schedule or cost[c] >= cost[schedule.stages[-1][1]]]
             rows = measure(progress, candidates, auto_batches, 2, args.metric[0])
             spent += auto_batches * args.batch_size * sum(cost[c] for c in candidates)
-            stages, moments = choose(stages, rows, progress, base, args.horizon), moments[1:]
+            schedule, moments = choose(schedule, rows, progress, args.horizon), moments[1:]
             if main_process:
-                tqdm.write(f'{100 * progress:.0f} % of the budget: {stages[-1][1]} has the lowest cost-adjusted gradient error')
+                tqdm.write(f'{100 * progress:.0f} % of the budget: {schedule.stages[-1][1]} has the lowest cost-adjusted gradient error')
             clock = time.perf_counter()
-        compression = Schedule(tuple(stages)).at(progress)
+        compression = schedule.at(progress)
 
         # views
         generator = datasets.keyed_generator(args.seed, rank, step, device=device)
@@ -617,7 +609,7 @@ def train(args, checkpoint):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if args.clip_grad:
-            clip_each(trainable, args.clip_grad)
+            clip_each(probe.trainable, args.clip_grad)
         if args.method == 'dino' and progress < args.freeze_last_layer:
             method.student_head.last_layer.weight.grad = None  # neither moved nor decayed
         optimizer.step()
@@ -663,8 +655,8 @@ def train(args, checkpoint):
     points = []
     if distributed:
         dist.barrier()
-    if schedule is None and main_process:
-        save(Schedule(tuple(stages)).to_json(), folder / 'schedule.json')
+    if auto and main_process:
+        save(schedule.to_json(), folder / 'schedule.json')
     score('end')
     save_run()  # last: a run killed before goes on from an earlier checkpoint and is scored then
     say(f'{step} steps, {samples:,} samples for {spent:,.0f} units in {seconds:.0f} s, {100 * seconds_data / seconds:.0f} % of them '

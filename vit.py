@@ -26,16 +26,16 @@ from einops import rearrange, repeat
 from compress import drop_tokens, pi_resize, random_keep, resize_pos_embed
 
 
-def sincos_table(h, w, dim, base_grid=None):
+def sincos_table(h, w, dim, base_grid=None, device=None):
     """MoCo-v3's fixed table (1 h*w dim): [sin(i f), cos(i f), sin(j f), cos(j f)], i the row, j the column.
 
     With base_grid (H, W) the table is evaluated at this grid's patch centres in units of the base grid,
     i = (row + 0.5) H / h - 0.5: the same place in the image has the same code at every patch size.
     """
     base_h, base_w = base_grid or (h, w)
-    frequencies = 1.0 / 10000 ** (torch.arange(dim // 4) / (dim // 4))
-    rows = (torch.arange(h) + 0.5) * (base_h / h) - 0.5
-    cols = (torch.arange(w) + 0.5) * (base_w / w) - 0.5
+    frequencies = 1.0 / 10000 ** (torch.arange(dim // 4, device=device) / (dim // 4))
+    rows = (torch.arange(h, device=device) + 0.5) * (base_h / h) - 0.5
+    cols = (torch.arange(w, device=device) + 0.5) * (base_w / w) - 0.5
     row_angles = repeat(torch.outer(rows, frequencies), 'h f -> (h w) f', w=w)
     col_angles = repeat(torch.outer(cols, frequencies), 'w f -> (h w) f', h=h)
     return torch.cat([row_angles.sin(), row_angles.cos(), col_angles.sin(), col_angles.cos()], dim=1)[None]
@@ -158,7 +158,7 @@ class ViT(nn.Module):
         if grid == self.base_grid:
             return self.pos_embed[:, 1:]
         if self.sizes['pos_embed'] == 'sincos':
-            return sincos_table(*grid, self.embed_dim, self.base_grid).to(self.pos_embed)
+            return sincos_table(*grid, self.embed_dim, self.base_grid, self.pos_embed.device).to(self.pos_embed.dtype)
         return resize_pos_embed(self.pos_embed[:, 1:], self.base_grid, grid)
 
     def forward_tokens(self, images, patch_size=None, drop_rate=0.0, generator=None):

@@ -4,14 +4,13 @@ import time
 import lightly.transforms as lt
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from PIL import Image
 
 import data
 from data import (View, augment, batch_keys, blur_matrix, color_jitter, crop_boxes, filter_matrix, keyed_generator, load, luminance,
-                  make_views, random_crop, recipe, render_shapes, resize, separable, shift_hue, spread)
+                  make_views, random_crop, recipe, render_shapes, separable, shift_hue, spread)
 
 
 def generator(seed=0):
@@ -81,8 +80,9 @@ def test_color_jitter_is_one_of_torchvisions_orders(monkeypatch):
     original = data.uniform
     monkeypatch.setattr(data, 'uniform', lambda *a: drawn.append(original(*a)) or drawn[-1])
     out = color_jitter(images, View(jitter_p=1.0), generator())
-    factors = 1 + drawn[1] * torch.tensor([0.4, 0.4, 0.2])
-    hue = drawn[2]
+    _, *factors, hue, _, dealt = drawn
+    back = dealt.argsort().argsort()  # the draws are for the dealt order
+    factors, hue = torch.stack(factors, 1)[back], hue[back]
     seen = set()
     for i in range(48):
         operations = [lambda x, f=float(factors[i, 0]): TF.adjust_brightness(x, f), lambda x, f=float(factors[i, 1]): TF.adjust_contrast(x, f),

@@ -98,7 +98,7 @@ def test_dino_exports_the_teacher(run):
     assert not torch.equal(saved['model'][key], checkpoint['method'][f'student_encoder.{key}'])
 
 
-def replay(args, data, steps, world):
+def replay(data, steps, world):
     """DINO's first steps written out by hand for `world` processes, on the loop's own data and draws: AdamW's update,
     per-tensor clipping, the frozen last layer, weight decay groups, EMA, center, every schedule."""
     import data as datasets
@@ -159,14 +159,14 @@ def test_dino_steps_equal_those_written_out_by_hand(run, tiny_fashion, tmp_path,
         assert done.returncode == 0, done.stdout + done.stderr
     import data as datasets
     saved = torch.load(tmp_path / 'runs' / 'r' / 'checkpoint.pt', weights_only=True)['method']
-    expected = replay(flags, datasets.load('fashion_mnist', tiny_fashion), 20, world)
+    expected = replay(datasets.load('fashion_mnist', tiny_fashion), 20, world)
     assert set(expected) == set(saved)
-    start = replay(flags, datasets.load('fashion_mnist', tiny_fashion), 0, world)
+    start = replay(datasets.load('fashion_mnist', tiny_fashion), 0, world)
     for n, value in expected.items():
         moved = (value - start[n]).norm()
         assert (saved[n] - value).norm() <= 2e-2 * moved + 1e-5, n  # Adam's first steps divide rounding by rounding
     last = 'student_head.last_layer.weight'
-    one = replay(flags, datasets.load('fashion_mnist', tiny_fashion), 1, world)
+    one = replay(datasets.load('fashion_mnist', tiny_fashion), 1, world)
     assert torch.equal(one[last], start[last]) and not torch.equal(expected[last], start[last])
 
 
@@ -335,14 +335,14 @@ def test_auto_measures_within_its_share_and_resumes_bit_exactly(run):
 
 def test_auto_chooses_the_lowest_error():
     from compress import Compression
-    base = Compression(4)
-    rows = [dict(progress=0.3, strategy=s, cost=c, bias2=b, bias2_sem=0.0, variance=1.0, variance_sem=0.0, norm2=1.0, norm2_sem=0.1)
+    base, large = Compression(4), Compression(8)
+    rows = [dict(progress=0.3, strategy=s, cost=c, bias2=b, bias2_sem=0.0, variance=1.0, variance_sem=0.0, norm2=-1.0, norm2_sem=9.0)
             for s, c, b in (('p4', 1.0, 0.0), ('p8', 0.3, 0.1), ('p8-drop0.50', 0.2, 2.0))]
-    assert train.choose([], rows, 0.0, base, 1) == [(0.0, Compression(8))]
-    assert train.choose([(0.0, Compression(8))], rows, 0.3, base, 1) == [(0.0, Compression(8))]
-    assert train.choose([(0.0, Compression(8))], rows, 0.3, base, 20) == [(0.0, Compression(8)), (0.3, base)]
-    rows[0]['norm2_sem'] = 1.5
-    assert train.choose([(0.0, Compression(8))], rows, 0.3, base, 1) == [(0.0, Compression(8))] and train.choose([], rows, 0, base, 1) == [(0.0, base)]
+    start = train.Schedule(((0.0, large),))
+    assert train.choose(None, rows, 0.0, 1) == start and train.choose(start, rows, 0.3, 1) == start
+    assert train.choose(start, rows, 0.3, 20).stages == ((0.0, large), (0.3, base))
+    rows[1]['bias2_sem'] = rows[2]['bias2_sem'] = 5.0  # nothing can be told apart: the cheapest
+    assert train.choose(None, rows, 0.0, 1).at(0) == Compression(8, 0.5)
 
 
 def test_default_schedule_follows_the_base_patch_size(run):
@@ -398,7 +398,7 @@ def test_another_world_or_data_set_is_not_resumed(run, capsys, tmp_path):
     torch.save({**checkpoint, 'world': 2}, runs / 'a' / 'checkpoint.pt')
     assert 'it would be another run' in fails(capsys, lambda: run('--resume', runs / 'a', small=False))
     torch.save({'model': {}}, runs / 'a' / 'checkpoint.pt')
-    assert 'no checkpoint of train.py' in fails(capsys, lambda: run('--resume', runs / 'a', small=False))
+    assert 'is no checkpoint of a run' in fails(capsys, lambda: run('--resume', runs / 'a', small=False))
     assert 'no checkpoint at' in fails(capsys, lambda: run('--resume', '', small=False))
 
 
