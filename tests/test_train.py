@@ -115,7 +115,7 @@ def replay(data, steps, world):
     for step in range(steps):
         p = step * 16 / budget
         lr = 0.001 * 16 / 256 * (p / 0.1 if p < 0.1 else 0.5 * (1 + math.cos(math.pi * (p - 0.1) / 0.9)))
-        momentum, decay = 1 - 0.004 * 0.5 * (1 + math.cos(math.pi * p)), 0.4 - 0.36 * 0.5 * (1 + math.cos(math.pi * p))
+        momentum, decay = 1 - 0.02 * 0.5 * (1 + math.cos(math.pi * p)), 0.4 - 0.36 * 0.5 * (1 + math.cos(math.pi * p))
         temperature = 0.04 + 0.03 * min(1, p / 0.3)
         total, means = {n: 0 for n in student}, []
         for rank in range(world):
