@@ -45,7 +45,7 @@ from vit import ViT, sincos_table
 # Fine-tuning: (from 64 px on: DeiT's main.py; smaller images: ours, to finish on a laptop)
 RECIPE = dict(epochs=(150, 5), batch_size=(1024, 64), lr=(5e-4, 1e-2), mixup=(0.8, 0.0), cutmix=(1.0, 0.0),
               randaugment=(9, 0), erasing=(0.25, 0.0), crop_scale=(0.08, 0.6))
-PROBE_RATES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # per 256 images, for normalized features
+PROBE_RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # per 256 images, for normalized features
 BLOCK = 500  # images per forward; processes share whole blocks, so any number of them rounds alike
 
 
@@ -490,7 +490,7 @@ def parse_args():
     g = parser.add_argument_group('linear probe')
     g.add_argument('--probe-recipe', choices=('sweep', 'moco-v3'), default='sweep',
                    help='cached features and many rates, or new crops each epoch and one rate')
-    g.add_argument('--probe-rates', nargs='+', type=float, help='per 256 images (default: sweep ten from 0.002 to 2, moco-v3 3)')
+    g.add_argument('--probe-rates', nargs='+', type=float, help='per 256 images (default: sweep ten from 0.01 to 10, moco-v3 3)')
     g.add_argument('--probe-epochs', type=int, help='default: sweep 50, moco-v3 90')
     g.add_argument('--probe-batch', type=int, default=256, help='images per step, over all processes (MoCo-v3: 1024)')
     g.add_argument('--probe-crops', type=int, default=0, help='sweep: random crops of each image beside its center view (not for small images)')

@@ -10,7 +10,7 @@ The clock of a run is its budget in units, a unit being the cost of one uncompre
 under compression tau spends c(tau) units (compress.sample_cost); the run ends when the budget is spent, and every
 schedule (learning rate, momentum, weight decay, teacher temperature, compression) runs on spent / budget.
 
---schedule auto needs no pilot run (experimental, README): at a few moments it measures the gradient error of each strategy
+--schedule auto needs no pilot run: at a few moments it measures the gradient error of each strategy
 where the run then is (gradstats.py), solves (schedule.py), and goes on with the best. The measuring is paid from the budget.
 """
 import argparse
@@ -86,7 +86,7 @@ def build_parser(method):
     g.add_argument('--freeze-last-layer', type=float, default=0.01, help='DINO: progress until which the last layer stays (paper: 1 of 100 epochs)')
 
     g = parser.add_argument_group('compression')
-    g.add_argument('--schedule', default='two-stage', help='two-stage (twice the patch size for the first 70 %% of the budget), none, a strategy (p8-drop0.50), stages (p8@0,p4@0.7), auto, or the JSON file of schedule.py')
+    g.add_argument('--schedule', default='auto', help='auto (measures on the way what to do), none, a strategy (p8-drop0.50), stages (p8@0,p4@0.7), or the JSON file of schedule.py')
     g.add_argument('--drop-branch', default='query', choices=('query', 'both'), help='who drops tokens: query, student or first view alone, or both')
     g.add_argument('--budget', type=float, default=0.04, help='millions of units (paper: 25 to 200)')
     g.add_argument('--epochs', type=float, help='instead of --budget: uncompressed epochs that cost the same')
@@ -97,7 +97,7 @@ def build_parser(method):
     g.add_argument('--gradstats', metavar='P,P,...', help='measure them at these progress points, beside the run: 0,0.25,0.5,0.75,1 (paper)')
     g.add_argument('--grid', metavar='TAU,TAU,...', help='strategies to measure (default: patch sizes up to 4 times the base one, drop rates 0 and 0.5)')
     g.add_argument('--probe-batches', type=int, default=24, help='batches per strategy and point, a multiple of 4')
-    g.add_argument('--metric', nargs='+', default=['euclidean'], choices=('euclidean', 'adam'), help="of the error; adam: coordinates divided by sqrt of Adam's second moment; auto uses the first")
+    g.add_argument('--metric', nargs='+', choices=('euclidean', 'adam'), help="of the error (default: --gradstats euclidean, as the paper, auto adam: coordinates divided by sqrt of Adam's second moment)")
     g.add_argument('--horizon', type=float, default=1.0, help='auto: H in bias^2 + c variance / H')
     g.add_argument('--auto-share', type=float, default=0.05, help='auto: largest share of the budget spent on measuring')
 
@@ -191,30 +191,33 @@ def build_encoder(args, in_chans):
     return vit.ViT(embed_dim=args.embed_dim, depth=args.depth, num_heads=heads, **sizes)
 
 
+def larger_patches(args):
+    """Patch sizes from the base one to four times it that divide the image."""
+    return [p for p in range(args.patch_size, 4 * args.patch_size + 1) if args.img_size % p == 0 and p < args.img_size] or [args.patch_size]
+
+
 def build_schedule(args):
-    """The compression over progress, as a Schedule of Compression; None: auto."""
-    base = Compression(args.patch_size)
+    """The compression over progress, as a Schedule of Compression; for auto, what it begins with: about twice the patch size."""
+    if args.schedule == 'none':
+        return Schedule(((0.0, Compression(args.patch_size)),))
     if args.schedule == 'auto':
-        return None
-    if args.schedule == 'none' or (args.schedule == 'two-stage' and args.img_size % (2 * args.patch_size)):
-        return Schedule(((0.0, base),))
-    if args.schedule == 'two-stage':
-        return Schedule(((0.0, Compression(2 * args.patch_size)), (0.7, base)))
+        return Schedule(((0.0, Compression(min(larger_patches(args), key=lambda p: abs(p - 2 * args.patch_size)))),))
     if not args.schedule.endswith('.json'):
         return Schedule.parse(args.schedule).map(Compression.parse)
     path = Path(args.schedule)
     if not path.is_file():
-        raise FileNotFoundError(f'no schedule at {path}; --schedule takes two-stage, none, p8-drop0.50, p8@0,p4@0.7, auto or a JSON file')
+        raise FileNotFoundError(f'no schedule at {path}; --schedule takes none, p8-drop0.50, p8@0,p4@0.7, auto or a JSON file')
     return Schedule.from_json(path.read_text()).map(Compression.parse)
 
 
 def build_grid(args):
     """The strategies whose gradient is measured, the base one first."""
-    base = Compression(args.patch_size)
     if args.grid:
-        return list(dict.fromkeys([base, *map(Compression.parse, args.grid.split(','))]))
-    sizes = [p for p in range(args.patch_size, 4 * args.patch_size + 1) if args.img_size % p == 0 and p < args.img_size]
-    return [Compression(p, rate) for p in sizes or [args.patch_size] for rate in (0.0, 0.5)]
+        return list(dict.fromkeys([Compression(args.patch_size), *map(Compression.parse, args.grid.split(','))]))
+    return [Compression(p, rate) for p in larger_patches(args) for rate in (0.0, 0.5)]
+
+
+AUTO_FIRST = 0.05  # progress of auto's first measurement: Adam's second moment is known by then
 
 
 def plan_auto(args, grid, cost, budget):
@@ -224,8 +227,9 @@ def plan_auto(args, grid, cost, budget):
     that gives an error bar. ([], 0) when the share does not pay for that.
     """
     affordable = int(args.auto_share * budget / (args.batch_size * sum(cost[c] for c in grid)))
-    count = min(5, affordable // 4)
-    return [i / count for i in range(count)], min(32, affordable // count // 4 * 4) if count else 0
+    count = min(5, max(affordable // 8, affordable >= 4))
+    batches = min(32, affordable // count // 2 * 2) if count else 0
+    return [AUTO_FIRST + (1 - AUTO_FIRST) * i / count for i in range(count)], batches
 
 
 def build_optimizer(method, args, device):
@@ -265,12 +269,14 @@ class Probe:
         return losses.mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
 
     def scale(self, metric):
-        """What each coordinate is multiplied by: 1, or 1 / sqrt(v) of Adam, whose steps it makes comparable."""
+        """What each coordinate is multiplied by: 1, or 1 / sqrt(v) of Adam, whose steps it makes comparable; 0 for
+        parameters that have not moved yet (DINO's last layer)."""
         if metric == 'euclidean':
             return 1.0
         eps, beta2 = self.optimizer.defaults['eps'], self.optimizer.defaults['betas'][1]
-        states = [self.optimizer.state[p] for p in self.trainable]
-        return torch.cat([1 / ((s['exp_avg_sq'] / (1 - beta2 ** s['step'].to(self.device))).sqrt() + eps).flatten() for s in states])
+        states = [(p, self.optimizer.state.get(p)) for p in self.trainable]
+        return torch.cat([1 / ((s['exp_avg_sq'] / (1 - beta2 ** s['step'].to(self.device))).sqrt() + eps).flatten()
+                          if s else torch.zeros_like(p).flatten() for p, s in states])
 
     def batches(self, count, step):
         """Random images, the same for every strategy: pairs (number, batch)."""
@@ -376,8 +382,7 @@ def choose(schedule, rows, progress, horizon):
     """The schedule so far and, from `progress` on, the strategy with the lowest CA-MSE, ties to the cheaper."""
     rows = [{**row, 'norm2': 1.0} for row in rows]  # at one progress the scale does not matter, and it is the noisiest number
     best = Compression.parse(solve(rows, horizon=horizon).at(0))
-    stages = schedule.stages if schedule else ()
-    return schedule if stages and best == stages[-1][1] else Schedule((*stages, (progress, best)))
+    return schedule if best == schedule.stages[-1][1] else Schedule((*schedule.stages, (progress, best)))
 
 
 def train(args, checkpoint):
@@ -417,10 +422,11 @@ def train(args, checkpoint):
                              f'{len(data)}: it would be another run; resume it as it was')
         schedule = Schedule(tuple(checkpoint['stages'])).map(Compression.parse)  # auto's so far; a file may have changed since
     points = Schedule.points(args.gradstats) if args.gradstats else []
-    if 'adam' in args.metric and (0 in points or (auto and args.metric[0] == 'adam')):
-        raise ValueError('--metric adam: Adam has no second moment at progress 0; start --gradstats later, and auto with euclidean')
+    metrics_asked, auto_metric = args.metric or ['euclidean'], (args.metric or ['adam'])[0]
+    if 'adam' in metrics_asked and 0 in points:
+        raise ValueError('--metric adam: Adam has no second moment at progress 0; start --gradstats later')
     measured = grid if auto or points or args.grid else []
-    used = list(dict.fromkeys([base, *measured, *(c for _, c in (schedule.stages if schedule else ()))]))
+    used = list(dict.fromkeys([base, *measured, *(c for _, c in schedule.stages)]))
     for compression in used:
         encoder.grid(args.img_size, args.img_size, compression.patch_size)  # refuses a patch size that does not fit
     analytic = {c: sample_cost(args.method, encoder.sizes, c, base, **method.cost_settings) for c in used}
@@ -458,9 +464,6 @@ def train(args, checkpoint):
         timed = probe.seconds(used)
         cost = {c: losses.mean_over_ranks(torch.tensor(timed[c] / timed[base], device=device)).item() for c in used}
     moments, auto_batches = plan_auto(args, grid, cost, budget) if auto else ([], 0)
-    if auto and not moments:
-        raise ValueError(f'--auto-share {args.auto_share:g} of {budget:,.0f} units does not pay for 4 batches of each of {len(grid)} strategies, '
-                         f'{4 * args.batch_size * sum(cost[c] for c in grid):,.0f} units; raise --budget or --auto-share, or shorten --grid')
 
     # ---- resume
     step, spent, samples, next_eval, next_save, seconds, seconds_data = 0, 0.0, 0, 0.0, args.save_every, 0.0, 0.0
@@ -491,14 +494,17 @@ def train(args, checkpoint):
         f'{encoder.sizes["depth"]}, {encoder.sizes["num_heads"]} heads, patch size {args.patch_size}, '
         f'{encoder.base_grid[0] * encoder.base_grid[1]} patches')
     say('cost      ' + ', '.join(f'{c} {cost[c]:.3f}' for c in sorted(used, key=cost.get)) + f' units per sample ({args.cost})')
-    for c in {c for _, c in schedule.stages} if not auto else ():
+    for c in {c for _, c in schedule.stages}:
         if cost[c] > 1:
             say(f'warning: {c} costs more than no compression, p{args.patch_size}; is --patch-size right?')
     say(f'budget    {budget:,.0f} units ({budget / len(data):.1f} uncompressed epochs; {budget * unit / forward / 1e6:.2f}M bare forward passes)')
-    if not auto:
-        say(f'schedule  {schedule}')
-    else:
-        say(f'schedule  auto: measures {auto_batches} batches of each strategy at {", ".join(f"{100 * p:.0f} %" for p in moments)} of the budget')
+    say(f'schedule  {schedule}')
+    if moments:
+        say(f'auto      measures {auto_batches} batches of each strategy at {", ".join(f"{100 * p:.0f} %" for p in moments)} of the budget, '
+            f'in the {auto_metric} metric, and goes on with the best')
+    elif auto and not checkpoint:
+        say(f'auto      cannot measure: --auto-share {args.auto_share:g} of the budget does not pay for 4 batches of each of {len(grid)} '
+            f'strategies, {4 * args.batch_size * sum(cost[c] for c in grid):,.0f} units; the schedule stays')
     say(f'optimizer AdamW, peak learning rate {peak_lr:.2e} = {args.lr:g} x {args.batch_size} / 256, {args.lr_schedule}')
     say(f'loss      {method.chance_loss(args.batch_size):.3f} is chance: all features equal, or uniform outputs')
     if not scored:
@@ -576,15 +582,16 @@ def train(args, checkpoint):
 
         # gradient errors, where they are asked for
         if points and progress >= points[0]:
-            for metric in args.metric:
+            for metric in metrics_asked:
                 measure(points[0], grid, args.probe_batches, 4, metric)
             points = points[1:]
             clock = time.perf_counter()
 
         # compression for this step; auto measures where the run is now, and never goes back to a cheaper strategy
         if moments and progress >= moments[0]:
-            candidates = [c for c in grid if c == base or not schedule or cost[c] >= cost[schedule.stages[-1][1]]]
-            rows = measure(progress, candidates, auto_batches, 2, args.metric[0])
+            first = moments[0] == AUTO_FIRST
+            candidates = [c for c in grid if first or c == base or cost[c] >= cost[schedule.stages[-1][1]]]
+            rows = measure(progress, candidates, auto_batches, 2, auto_metric)
             spent += auto_batches * args.batch_size * sum(cost[c] for c in candidates)
             schedule, moments = choose(schedule, rows, progress, args.horizon), moments[1:]
             if main_process:
@@ -650,7 +657,7 @@ def train(args, checkpoint):
 
     bar.close()
     for point in points:  # those at the very end
-        for metric in args.metric:
+        for metric in metrics_asked:
             measure(point, grid, args.probe_batches, 4, metric)
     points = []
     if distributed:

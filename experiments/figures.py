@@ -1,9 +1,10 @@
 """The paper's figures, from the logs of runs.
 
-    python experiments/figures.py budgets runs/budgets-*            # accuracy over budget, mean and spread over seeds
+    python experiments/figures.py budgets runs/fashion_mnist-moco-*  # accuracy over budget, mean and spread over seeds
     python experiments/figures.py gradstats runs/NAME/gradstats.jsonl
     python experiments/figures.py cost [runs/NAME/gradstats.jsonl]  # heat map of a sample's cost, ViT-B at 240 px; beside it the measured
     python experiments/figures.py schedule runs/NAME                # strategy, tokens and accuracy over the budget of a run
+    python experiments/figures.py predict                           # CA-MSE against what training on gave (predict.py)
     python experiments/figures.py decay
 
 Each writes experiments/results/FIGURE.png, or what -o says.
@@ -124,6 +125,27 @@ def schedule(paths):
     return figure
 
 
+def predict(paths):
+    """What training on gave, against the CA-MSE measured before: one dot per fork state and strategy, a panel per metric and run."""
+    lines = read(paths[0] if paths else ROOT / 'experiments' / 'results' / 'predict.jsonl')
+    strategies, sources = list(dict.fromkeys(line['strategy'] for line in lines)), list(dict.fromkeys(line['source'] for line in lines))
+    least = defaultdict(lambda: math.inf)
+    for line in lines:
+        fork = line['source'], line['point'], line['seed']
+        least[fork] = min(least[fork], line['loss'])
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.8), sharey=True)
+    for axis, (metric, source) in zip(axes, [(m, s) for m in ('euclidean', 'adam') for s in sorted(sources)]):
+        for i, strategy in enumerate(strategies):
+            mine = [line for line in lines if (line['strategy'], line['source']) == (strategy, source)]
+            rows = [next(row for row in line['before'] if row['metric'] == metric) for line in mine]
+            axis.plot([cost_adjusted_mse(row['bias2'], row['variance'], row['cost']) / row['norm2'] for row in rows],
+                      [line['loss'] - least[line['source'], line['point'], line['seed']] for line in mine], 'o', color=f'C{i}', label=strategy)
+        axis.set(xscale='log', title=f'{metric} metric, measured along {source}', xlabel='CA-MSE (fraction of norm^2)')
+    axes[0].set_ylabel('loss above the best strategy, after training on')
+    axes[-1].legend(loc='center left', bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 def decay(paths):
     """Cosine and polynomial learning-rate decay."""
     x = [i / 200 for i in range(201)]
@@ -136,7 +158,7 @@ def decay(paths):
 
 
 if __name__ == '__main__':
-    figures = dict(budgets=budgets, gradstats=gradstats, cost=cost, schedule=schedule, decay=decay)
+    figures = dict(budgets=budgets, gradstats=gradstats, cost=cost, schedule=schedule, predict=predict, decay=decay)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('figure', choices=figures)
     parser.add_argument('paths', nargs='*', help='runs or gradstats.jsonl files')
