@@ -126,22 +126,26 @@ def schedule(paths):
 
 
 def predict(paths):
-    """What training on gave, against the CA-MSE measured before: one dot per fork state and strategy, a panel per metric and run."""
-    lines = read(paths[0] if paths else ROOT / 'experiments' / 'results' / 'predict.jsonl')
-    strategies, sources = list(dict.fromkeys(line['strategy'] for line in lines)), list(dict.fromkeys(line['source'] for line in lines))
-    least = defaultdict(lambda: math.inf)
-    for line in lines:
-        fork = line['source'], line['point'], line['seed']
-        least[fork] = min(least[fork], line['loss'])
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.8), sharey=True)
-    for axis, (metric, source) in zip(axes, [(m, s) for m in ('euclidean', 'adam') for s in sorted(sources)]):
-        for i, strategy in enumerate(strategies):
-            mine = [line for line in lines if (line['strategy'], line['source']) == (strategy, source)]
-            rows = [next(row for row in line['before'] if row['metric'] == metric) for line in mine]
-            axis.plot([cost_adjusted_mse(row['bias2'], row['variance'], row['cost']) / row['norm2'] for row in rows],
-                      [line['loss'] - least[line['source'], line['point'], line['seed']] for line in mine], 'o', color=f'C{i}', label=strategy)
-        axis.set(xscale='log', title=f'{metric} metric, measured along {source}', xlabel='CA-MSE (fraction of norm^2)')
-    axes[0].set_ylabel('loss above the best strategy, after training on')
+    """What training on gave, against the CA-MSE measured before, both relative to the best strategy of the fork state."""
+    forks = defaultdict(list)
+    for line in read(paths[0] if paths else ROOT / 'experiments' / 'results' / 'predict.jsonl'):
+        forks[line['source'], line['point'], line['seed']].append(line)
+    strategies = [line['strategy'] for line in next(iter(forks.values()))]
+    figure, axes = plt.subplots(1, 4, figsize=(15, 4), sharex=True, sharey=True)
+    for axis, (metric, source) in zip(axes, [(m, s) for m in ('euclidean', 'adam') for s in ('p4', 'p8')]):
+        for fork, lines in forks.items():
+            if fork[0] == source:
+                rows = [next(row for row in line['before'] if row['metric'] == metric) for line in lines]
+                errors = [cost_adjusted_mse(row['bias2'], row['variance'], row['cost']) for row in rows]
+                least = min(line['loss'] for line in lines)
+                for line, error in zip(lines, errors):
+                    axis.plot(error / min(errors), line['loss'] - least, 'o', color=f'C{strategies.index(line["strategy"])}')
+        axis.set(title=f'{metric} metric,\nmeasured along a {source} run', xlabel='CA-MSE / that of the choice', xscale='log')
+        axis.set_xticks([1, 2, 4, 8], ['1', '2', '4', '8'])
+        axis.minorticks_off()
+    for i, strategy in enumerate(strategies):
+        axes[-1].plot([], [], 'o', color=f'C{i}', label=strategy)
+    axes[0].set_ylabel('uncompressed loss after training on,\nabove that of the best')
     axes[-1].legend(loc='center left', bbox_to_anchor=(1, 0.5))
     return figure
 

@@ -9,7 +9,8 @@ strategy was best in fact. Three predictions of that order, each for several hor
 
     along p4    CA-MSE measured in the uncompressed run at the checkpoint (the paper's procedure)
     along p8    the same in the run at patch 8, for the order of its own continuations (what --schedule auto does)
-    adapted     from the uncompressed checkpoint, after ADAPT of the budget under the strategy that is judged
+    adapted     from the uncompressed checkpoint, after ADAPT of the budget under the strategy that is judged (each then has
+                weights of its own, and a norm^2 too noisy to divide by: the plain CA-MSE)
 
 `run` writes a line per continuation to experiments/results/predict.jsonl, and goes on where it was interrupted; `table`
 prints Spearman's rank correlation of predicted and real order, mean and spread over seeds and points, and writes predict.md.
@@ -161,15 +162,14 @@ def table():
             group = [branches for (s, p, _), branches in forks.items() if (s, p) == (source, point)]
             if len(group) > 1:
                 out += [f'From the {source} run at {point:.0%}, {MORE:.0%} more of the budget:', '',
-                        '| on with | 20-NN % | uncompressed loss | CA-MSE, H 1 | CA-MSE, H 16 | H 1, adapted |', '|---|---|---|---|---|---|']
+                        '| on with | 20-NN % | uncompressed loss | CA-MSE, euclidean | CA-MSE, adam |', '|---|---|---|---|---|']
                 for strategy in STRATEGIES:
-                    cells = [cell([b[strategy][key] for b in group]) for key in ('knn', 'loss')]
-                    cells += [cell([error(b[strategy], 'before', 'euclidean', h) for b in group]) for h in (1, 16)]
-                    cells.append(cell([error(b[strategy], 'adapted', 'euclidean', 1) for b in group]) if source == SOURCES[0] else '')
+                    cells = [cell([b[strategy]['knn'] for b in group]), cell([b[strategy]['loss'] for b in group], 3)]
+                    cells += [cell([error(b[strategy], 'before', metric, 1) for b in group]) for metric in ('euclidean', 'adam')]
                     out.append(f'| {strategy} | {" | ".join(cells)} |')
                 out.append('')
     out += ["Spearman's rank correlation of predicted and real order (1: the same, 0: none), mean and standard deviation over seeds and points:", '',
-            '| measured | metric | H | with 20-NN | with the loss | the choice is how far below the best, 20-NN points |', '|---|---|---|---|---|---|']
+            '| measured | metric | H | with 20-NN | with the loss | 20-NN of the choice, points below the best |', '|---|---|---|---|---|---|']
     for label, source, when in (('along p4', 'p4', 'before'), ('along p8', 'p8', 'before'), ('adapted', 'p4', 'adapted')):
         group = [branches for (s, _, _), branches in forks.items() if s == source]
         for metric in ('euclidean', 'adam') if when == 'before' else ('euclidean',):
@@ -189,11 +189,11 @@ def table():
 
 def error(line, when, metric, horizon):
     row = next(r for r in line[when] if r['metric'] == metric)
-    return cost_adjusted_mse(row['bias2'], row['variance'], row['cost'], horizon) / max(row['norm2'], 1e-12)
+    return cost_adjusted_mse(row['bias2'], row['variance'], row['cost'], horizon) / (row['norm2'] if when == 'before' else 1)
 
 
-def cell(values):
-    return f'{statistics.mean(values):.2f} +- {statistics.stdev(values):.2f}' if len(values) > 1 else f'{values[0]:.2f}'
+def cell(values, digits=2):
+    return f'{statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f}' if len(values) > 1 else f'{values[0]:.{digits}f}'
 
 
 if __name__ == '__main__':
