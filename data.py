@@ -10,7 +10,7 @@ Recipes: MoCo-v3 (= BYOL), SimCLR, DINO (multi-crop), each with a variant for sm
 Data sets: fashion_mnist cifar10 cifar100 stl10 (torchvision), folder (any tree of images), and shapes, which
 this file renders. Small images stay in memory as one uint8 tensor; a folder's are decoded in DataLoader workers.
 
-Shapes: b batch, c channels, h w image, s side of the view. Images are uint8 or float32 in [0, 1], b c h w.
+Shapes: b batch, c channels, h w image, s side of the view. Images are uint8, views float32 in [0, 1], b c h w.
 
     data = load('shapes')
     views = make_views(data.images[:128], recipe('moco', small=True), [32, 32], generator)
@@ -68,7 +68,7 @@ def recipe(method, small=False, local_crops=8):
     else:
         raise ValueError(f"recipe '{method}' is not one of moco, simclr, dino")
     if small:
-        larger = {0.08: 0.2, 0.05: 0.15}  # 8 % of 32 px is a square of 9 pixels
+        larger = {0.08: 0.2, 0.14: 0.2, 0.05: 0.15}  # 8 % of 32 px is a square of 9 pixels
         views = [replace(v, blur_p=0.0, scale=(larger.get(v.scale[0], v.scale[0]), v.scale[1])) for v in views]
     return views
 
@@ -176,8 +176,8 @@ def color_jitter(images, view, generator):
 
     The first three are blends, f x + (1 - f) reference, with reference 0, the mean luminance and the luminance
     of the pixel: one operation with per-image coefficients. Hue comes after 0, 1, 2 or 3 of the blends: these four
-    places are dealt out evenly over the batch, a random quarter each, so that a place is a slice. Grey images have
-    no saturation and no hue: these two are skipped.
+    places are dealt out over the batch, a random quarter each (as evenly as b allows), so that a place is a slice.
+    Grey images have no saturation and no hue: these two are skipped.
     """
     b, c, _, _ = images.shape
     device = images.device
@@ -221,7 +221,7 @@ def blur_matrix(sigma, size):
 
 
 def recolor(images, view, generator):
-    """Colour jitter and grayscale."""
+    """Colour jitter and grayscale of float crops (b c s s) in [0, 1]."""
     if view.jitter_p:
         images = color_jitter(images, view, generator)
     if view.gray_p and images.shape[1] == 3:
@@ -230,10 +230,11 @@ def recolor(images, view, generator):
 
 
 def finish(images, view, generator):
-    """Blur and solarization."""
+    """Blur and solarization, the last steps."""
     if view.blur_p:
         matrix = blur_matrix(uniform(len(images), 0.1, 2.0, generator, images.device), images.shape[3])
-        images = images.lerp(separable(images, matrix, matrix), chosen(images, view.blur_p, generator))
+        blurred = separable(images, matrix, matrix).clamp_(0, 1)                # rounding
+        images = images.lerp(blurred, chosen(images, view.blur_p, generator))
     if view.solarize_p:
         bright = torch.ge(images, 128 / 255, out=torch.empty_like(images))
         images = images.lerp(1 - images, bright.mul_(chosen(images, view.solarize_p, generator)))
@@ -243,11 +244,6 @@ def finish(images, view, generator):
 def chosen(images, probability, generator):
     """(b 1 1 1): 1 with this probability, else 0."""
     return (uniform(len(images), 0, 1, generator, images.device) < probability).float()[:, None, None, None]
-
-
-def augment(images, view, generator):
-    """Everything after the crop, in MoCo-v3's order, for float crops (b c s s) in [0, 1]."""
-    return finish(recolor(images, view, generator), view, generator)
 
 
 def normalize(images, mean, std):
@@ -263,15 +259,15 @@ def make_views(batch, views, sides, generator):
     or a folder's crops, one uint8 (b c s' s') per view. sides: the side of each view.
 
     Neighbouring views that differ in blur and solarization alone are one batch until then: fewer, larger operations.
-    On a CPU 64 images at a time, so that what is in work stays in its cache.
+    On a CPU about 64 images at a time, so that what is in work stays in its cache.
     """
     kinds = [(replace(view, blur_p=0.0, solarize_p=0.0), side) for view, side in zip(views, sides)]
     groups = [list(members) for _, members in itertools.groupby(range(len(views)), key=kinds.__getitem__)]
     crops_given = not torch.is_tensor(batch)
     b, device = (len(batch[0]), batch[0].device) if crops_given else (len(batch), batch.device)
-    size = 64 if device.type == 'cpu' else b
+    parts = math.ceil(b / 64) if device.type == 'cpu' else 1
     made = [[] for _ in views]
-    for part in (slice(start, start + size) for start in range(0, b, size)):
+    for part in (slice(b * i // parts, b * (i + 1) // parts) for i in range(parts)):
         for members in groups:
             kind, side = kinds[members[0]]
             if crops_given:
@@ -280,7 +276,7 @@ def make_views(batch, views, sides, generator):
                 crops = random_crop(batch[part].repeat(len(members), 1, 1, 1), kind, side, generator)
             for i, crop in zip(members, recolor(crops, kind, generator).chunk(len(members))):
                 made[i].append(finish(crop, views[i], generator))
-    return [torch.cat(parts) for parts in made]
+    return [torch.cat(view) for view in made]
 
 
 # ---------------------------------------------------------------- data sets
@@ -515,6 +511,7 @@ class FolderImages:
         """(images, labels) batches of the decoder; tells about unreadable files."""
         loader = torch.utils.data.DataLoader(decoder, batch_sampler=keys, num_workers=workers,
                                              collate_fn=decoder.collate, pin_memory=torch.cuda.is_available(),
+                                             generator=torch.Generator(),  # all draws are keyed; the global one stays
                                              prefetch_factor=4 if workers else None)
         known = self.unreadable.setdefault(id(decoder.paths), [])
         for images, labels, unreadable in loader:

@@ -79,6 +79,7 @@ def find_encoder(saved):
         tensors = saved if container is None else saved.get(container)
         if not isinstance(tensors, dict):
             continue
+        tensors = {key: value for key, value in tensors.items() if isinstance(key, str) and torch.is_tensor(value)}
         for prefix in ('module.base_encoder.', 'module.backbone.', 'backbone.', 'module.', ''):
             if f'{prefix}patch_embed.proj.weight' in tensors:
                 found = {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
@@ -90,13 +91,15 @@ def find_encoder(saved):
 
 def sizes_of(tensors, num_heads=None, moco=False):
     """Arguments of the ViT that the tensors belong to. The number of heads leaves no trace in their shapes."""
+    if tensors['patch_embed.proj.weight'].ndim != 4:
+        raise ValueError(f'patch_embed.proj.weight has {tensors["patch_embed.proj.weight"].ndim} dimensions, not the 4 of a patch projection')
     embed_dim, in_chans, patch_size, _ = tensors['patch_embed.proj.weight'].shape
     pos = tensors.get('pos_embed', torch.zeros(1, 0, 0))
     grid = math.isqrt(max(0, pos.shape[1] - 1))
     if grid < 1 or pos.shape != (1, 1 + grid * grid, embed_dim):
         raise ValueError(f'pos_embed has the shape {tuple(pos.shape)}, not (1, 1 + a square grid, {embed_dim}): the '
                          f'weights are of another architecture')
-    blocks = [int(key.split('.')[1]) for key in tensors if key.startswith('blocks.')]
+    blocks = [int(match[1]) for key in tensors if (match := re.match(r'blocks\.(\d+)\.', key))]
     hidden = tensors.get('blocks.0.mlp.fc1.bias', torch.zeros(4 * embed_dim)).numel()
     fixed = embed_dim % 4 == 0 and torch.allclose(pos[0, 1:].float(), sincos_table(grid, grid, embed_dim)[0], atol=1e-5)
     heads = num_heads or (12 if moco and embed_dim == 384 else max(1, embed_dim // 64))  # MoCo-v3's ViT-S, vits.py
@@ -113,11 +116,15 @@ def load_backbone(path, num_heads=None, trust=False, say=lambda *_: None):
     saved = read_file(path, trust)
     try:
         layout, tensors, others = find_encoder(saved)
-        known = 'sizes' in saved
-        if known and num_heads not in (None, saved['sizes']['num_heads']):
+        known = isinstance(saved.get('sizes'), dict)
+        if known and num_heads not in (None, saved['sizes'].get('num_heads')):
             raise ValueError(f'--num-heads {num_heads}: the file says {saved["sizes"]["num_heads"]}, leave the flag out')
         sizes = saved['sizes'] if known else sizes_of(tensors, num_heads, 'base_encoder' in layout)
-        encoder = ViT(**sizes)
+        try:
+            encoder = ViT(**sizes)
+        except TypeError as error:
+            raise ValueError(f'its sizes are not those of a backbone.pt of train.py: {error}') from None
+        sizes = encoder.sizes
         wanted = encoder.state_dict()
         missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
         misshapen = [f'{key} is {tuple(tensors[key].shape)}, not {tuple(wanted[key].shape)}' for key in wanted
@@ -127,6 +134,9 @@ def load_backbone(path, num_heads=None, trust=False, say=lambda *_: None):
         if missing or unexpected or misshapen:  # a part of an encoder would be scored as if it were trained
             some = [*(f'missing {key}' for key in missing), *(f'unexpected {key}' for key in unexpected), *misshapen]
             raise ValueError(f'{counts}: the weights are of another architecture, or a part of one ({"; ".join(some[:3])})')
+        broken = [key for key, value in tensors.items() if not value.isfinite().all()]
+        if broken:
+            raise ValueError(f'{", ".join(broken[:3])} is not finite: the run that made it diverged; take an earlier checkpoint')
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
     encoder.load_state_dict(tensors)
@@ -226,7 +236,7 @@ def augmented_crop(image, key, view, side, seed, augment):
 def knn_predict(queries, bank, bank_labels, classes, k=20, temperature=0.07, chunk=BLOCK, half=False):
     """Predicted class (n) of queries (n d) by weighted vote of the k nearest of bank (m d), m >= k.
 
-    k = 1 is the plain nearest neighbour. The result does not depend on `chunk`, only the memory does. half: the bank
+    k = 1 is the plain nearest neighbour. But for rounding, only the memory depends on `chunk`. half: the bank
     takes half the memory, and cosines are rounded to 0.0005.
     """
     dtype = torch.float16 if half else queries.dtype
@@ -575,7 +585,7 @@ def main():
     check_labels(data, args.limit, max(args.k) if 'knn' in args.protocol else 1)
     train_ids, queries = datasets.spread(data.labelled_ids('train'), args.limit), len(data.labelled_ids('test'))
     classes, mean, std = len(data.classes), saved['mean'] or data.mean, saved['std'] or data.std
-    img_size, patch_sizes = args.img_size or sizes['img_size'], args.patch_size or [encoder.patch_size]
+    img_size, patch_sizes = args.img_size or sizes['img_size'], list(dict.fromkeys(args.patch_size or [encoder.patch_size]))
     for patch_size in patch_sizes:
         encoder.grid(img_size, img_size, patch_size)  # refuses a patch size that does not fit, before any work
 
@@ -583,6 +593,8 @@ def main():
     recipe = {key: pair[img_size < 64] if getattr(args, key) is None else getattr(args, key) for key, pair in RECIPE.items()}
     recipe['batch_size'], probe_batch = (min(batch, len(train_ids)) // world * world
                                          for batch in (recipe['batch_size'], args.probe_batch))
+    if args.probe_recipe == 'sweep':  # on cached features, which every process has: no share of the batch
+        probe_batch = min(args.probe_batch, len(train_ids))
     if not recipe['batch_size'] or not probe_batch:
         raise ValueError(f'--batch-size, --probe-batch and the {len(train_ids)} images must be at least the {world} processes')
     regularized = dict(weight_decay=args.weight_decay, layer_decay=args.layer_decay, drop_path=args.drop_path,
@@ -619,7 +631,8 @@ def main():
                 with open(Path(args.weights).with_name('eval.jsonl'), 'a') as file:
                     file.write(json.dumps(dict(
                         score=score, error=error, seconds=seconds, weights=args.weights, random=args.random_init, seed=args.seed,
-                        dataset=dataset, img_size=img_size, patch_size=patch_size, tokens=tokens, cost=cost,
+                        dataset=dataset, img_size=img_size, num_heads=sizes['num_heads'], mean=mean, std=std,
+                        patch_size=patch_size, tokens=tokens, cost=cost,
                         bank=len(train_ids), queries=queries, **settings)) + '\n')
 
         def features(split, crop=None, network=encoder):
@@ -636,7 +649,7 @@ def main():
         if {'nn', 'knn'} & set(args.protocol) or ('linear' in args.protocol and not moco):
             train, test = features('train'), features('test')
             say(f'  patch size {patch_size}, {tokens} tokens: features in {time.perf_counter() - start:.1f} s')
-        for k in ([1] if 'nn' in args.protocol else []) + (args.k if 'knn' in args.protocol else []):
+        for k in dict.fromkeys([1] * ('nn' in args.protocol) + args.k * ('knn' in args.protocol)):
             start = time.perf_counter()
             score = knn_scores(train, test, classes, [k], args.temperature, device, args.half_bank)[k]
             report('NN' if k == 1 else f'{k}-NN', score, start, protocol='nn' if k == 1 else 'knn', k=k,
@@ -678,7 +691,7 @@ if __name__ == '__main__':
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f'eval.py: error: {error}')
+        sys.exit(f'eval.py: error: {error}' if os.environ.get('RANK', '0') == '0' else 1)  # the first process says it
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()

@@ -93,7 +93,8 @@ def gradient_stats(grad_fn, strategies, reference, batches, groups=4):
 
 
 def dot(a, b):
-    return torch.dot(a.double(), b.double()).item()
+    """In float64, a million coordinates at a time."""
+    return sum(torch.dot(x.double(), y.double()).item() for x, y in zip(a.split(2 ** 20), b.split(2 ** 20)))
 
 
 def add(total, key, vector):

@@ -89,10 +89,10 @@ class Schedule:
     def points(text):
         """Progress points '0,0.25,1' as a sorted list."""
         try:
-            points = sorted(float(part) for part in text.split(','))
+            points = sorted({float(part) for part in text.split(',')})
         except ValueError:
             points = []
-        if not points or not 0 <= points[0] <= points[-1] <= 1:
+        if not points or not all(0 <= point <= 1 for point in points):
             raise ValueError(f"'{text}' is not a list of progress points in [0, 1], such as 0,0.25,0.5,0.75,1")
         return points
 
@@ -105,9 +105,11 @@ class Schedule:
     @classmethod
     def from_json(cls, text):
         try:
-            return cls(tuple((float(start), str(strategy)) for start, strategy in json.loads(text)['stages']))
-        except (KeyError, TypeError, json.JSONDecodeError):
+            stages = tuple((float(start), str(strategy)) for start, strategy in json.loads(text)['stages'])
+        except (KeyError, TypeError, ValueError):
             raise ValueError('a schedule file holds {"stages": [[0, "p8"], [0.7, "p4"]]}, as schedule.py writes it') from None
+        return cls(stages)
+
 
 # ---------------------------------------------------------------- from gradient errors to a schedule
 
@@ -124,14 +126,18 @@ def check_table(rows):
     numbers, costs above 0 and the same throughout, one base strategy (cost 1), a gradient that is not all noise."""
     seen, costs = {}, {}
     for i, row in enumerate(rows, 1):
+        i = row.get('line', i)
         where = f'row {i} ({row.get("strategy")} at progress {row.get("progress")})'
+        if not isinstance(row.get('strategy'), str):
+            raise ValueError(f'{where}: strategy must be a name, such as p8-drop0.50')
         for key in NUMBERS:
             if not isinstance(row.get(key), (int, float)) or not math.isfinite(row[key]):
                 raise ValueError(f'{where}: {key} is {row.get(key)}, not a finite number')
         if row['cost'] <= 0 or row['variance'] < 0:
             raise ValueError(f'{where}: cost {row["cost"]} must be above 0 and variance {row["variance"]} at least 0')
-        if row['norm2'] <= 0:
-            raise ValueError(f'{where}: norm2 is {row["norm2"]}: the true gradient is lost in noise; measure more batches')
+        if row['norm2'] <= max(0, row.get('norm2_sem', 0)):
+            raise ValueError(f'{where}: norm2 is {row["norm2"]:.3g} +- {row.get("norm2_sem", 0):.3g}: the true gradient is lost in noise; '
+                             f'measure more batches')
         if not 0 <= row['progress'] <= 1:
             raise ValueError(f'{where}: progress is outside [0, 1]')
         key = row['progress'], row['strategy']
@@ -195,15 +201,13 @@ def best_path(values, costs, monotone=True):
     """One strategy per grid point with the least sum of values; ties go to the cheaper. monotone: cost never falls,
     the global optimum by dynamic programming; else the minimum at each point."""
     order = sorted(values, key=costs.get)
+    dearest = [max(j for j, other in enumerate(order) if costs[other] <= costs[s]) for s in order]  # of those that cost no more
     length = len(values[order[0]])
     if not monotone:
         return [min(order, key=lambda s: values[s][i]) for i in range(length)]  # min keeps the first, the cheapest
     total, origin = [values[s][0] for s in order], []
     for i in range(1, length):
-        came_from, least = [], 0
-        for k in range(len(order)):
-            least = k if total[k] < total[least] else least  # the best of the strategies that cost no more than k
-            came_from.append(least)
+        came_from = [min(range(dearest[k] + 1), key=total.__getitem__) for k in range(len(order))]  # the first, if equal
         total = [total[came_from[k]] + values[s][i] for k, s in enumerate(order)]
         origin.append(came_from)
     k = total.index(min(total))
@@ -227,13 +231,15 @@ def load_table(path, metric=None):
     if not Path(path).is_file():
         raise FileNotFoundError(f'no table at {path}; train.py --gradstats 0,0.25,0.5,0.75,1 writes runs/NAME/gradstats.jsonl')
     rows = []
-    for i, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for i, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f'{path} line {i} is not JSON: {error}') from None
-    metric = metric or (rows[0].get('metric') if rows else None)
-    return [row for row in rows if row.get('metric') == metric]
+            rows.append({**json.loads(line), 'line': i})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f'{path} line {i} is not a JSON object: {error}') from None
+    found = list(dict.fromkeys(row.get('metric') for row in rows))
+    if metric and metric not in found:
+        raise ValueError(f'{path} has no rows in the {metric} metric, only {", ".join(map(str, found))}')
+    return [row for row in rows if row.get('metric') == (metric or found[0])]
 
 
 def main():
@@ -249,10 +255,12 @@ def main():
     args = parser.parse_args()
     if not 0 < args.horizon < math.inf or not 0 < args.budget < math.inf or args.batch_size < 1:
         raise ValueError('--horizon, --budget and --batch-size must be above 0')
+    if args.output and (not Path(args.output).parent.is_dir() or Path(args.output).resolve() == Path(args.stats).resolve()):
+        raise ValueError(f'-o {args.output}: its folder must exist, and it must not be the table itself')
 
     rows = load_table(args.stats, args.metric)
     schedule = solve(rows, not args.pointwise, args.horizon)
-    print(f'{"progress":>8} {"strategy":>14} {"cost":>6} {"bias^2":>16} {"cost x variance":>17} {"CA-MSE":>16}   (fractions of norm^2, H {args.horizon:g})')
+    print(f'{"progress":>8} {"strategy":>14} {"cost":>6} {"bias^2":>16} {"cost x variance":>17} {"CA-MSE":>16}   (fractions of norm^2, {rows[0].get("metric", "euclidean")} metric, H {args.horizon:g})')
     for progress in sorted({row['progress'] for row in rows}):
         for row in sorted((r for r in rows if r['progress'] == progress), key=lambda r: -r['cost']):
             n, scale = row['norm2'], row['cost'] / row['norm2']

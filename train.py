@@ -48,7 +48,8 @@ METHOD_DEFAULTS = dict(
     dino=dict(out_dim=1024, temperature=0.1, symmetric=True, momentum=0.98, weight_decay=0.04, weight_decay_end=0.4,
               clip_grad=3.0, lr=1e-3),
 )
-COUNTERS = ('step', 'units', 'samples', 'next_eval', 'next_save', 'seconds', 'seconds_data')  # of a checkpoint
+STATE = ('method', 'optimizer', 'args', 'points', 'moments', 'world', 'images', 'stages', 'cost')  # and, of a checkpoint,
+COUNTERS = ('step', 'units', 'samples', 'next_eval', 'next_save', 'seconds', 'seconds_data')
 CHANGEABLE = {'resume', 'data_root', 'download', 'device', 'workers', 'compile', 'max_steps'}  # flags that a resumed run may set anew
 
 
@@ -97,7 +98,7 @@ def build_parser(method):
     g.add_argument('--gradstats', metavar='P,P,...', help='measure them at these progress points, beside the run: 0,0.25,0.5,0.75,1 (paper)')
     g.add_argument('--grid', metavar='TAU,TAU,...', help='strategies to measure (default: patch sizes up to 4 times the base one, drop rates 0 and 0.5)')
     g.add_argument('--probe-batches', type=int, default=24, help='batches per strategy and point, a multiple of 4')
-    g.add_argument('--metric', nargs='+', choices=('euclidean', 'adam'), help="of the error (default: --gradstats euclidean, as the paper, auto adam: coordinates divided by sqrt of Adam's second moment)")
+    g.add_argument('--metric', nargs='+', choices=('euclidean', 'adam'), help="of the error (default: --gradstats euclidean, as the paper, auto adam: coordinates divided by sqrt of Adam's second moment); auto takes the first")
     g.add_argument('--horizon', type=float, default=1.0, help='auto: H in bias^2 + c variance / H')
     g.add_argument('--auto-share', type=float, default=0.05, help='auto: largest share of the budget spent on measuring')
 
@@ -207,14 +208,17 @@ def build_schedule(args):
     path = Path(args.schedule)
     if not path.is_file():
         raise FileNotFoundError(f'no schedule at {path}; --schedule takes none, p8-drop0.50, p8@0,p4@0.7, auto or a JSON file')
-    return Schedule.from_json(path.read_text()).map(Compression.parse)
+    try:
+        return Schedule.from_json(path.read_text()).map(Compression.parse)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
 
 
 def build_grid(args):
     """The strategies whose gradient is measured, the base one first."""
     if args.grid:
         return list(dict.fromkeys([Compression(args.patch_size), *map(Compression.parse, args.grid.split(','))]))
-    return [Compression(p, rate) for p in larger_patches(args) for rate in (0.0, 0.5)]
+    return [Compression(p, rate) for p in larger_patches(args) for rate in ((0.0, 0.5) if p < args.img_size else (0.0,))]
 
 
 AUTO_FIRST = 0.05  # progress of auto's first measurement: Adam's second moment is known by then
@@ -223,8 +227,8 @@ AUTO_FIRST = 0.05  # progress of auto's first measurement: Adam's second moment 
 def plan_auto(args, grid, cost, budget):
     """When auto measures, and with how many batches: ([progress, ...], batches), within its share of the budget.
 
-    Up to 5 moments of up to 32 batches, fewer moments before fewer than 4 batches: two groups of two are the least
-    that gives an error bar. ([], 0) when the share does not pay for that.
+    Up to 5 moments of up to 32 batches, fewer moments before fewer than 8 batches. One moment of at least 4, since two
+    groups of two are the least that gives an error bar, or ([], 0) when the share does not pay for that.
     """
     affordable = int(args.auto_share * budget / (args.batch_size * sum(cost[c] for c in grid)))
     count = min(5, max(affordable // 8, affordable >= 4))
@@ -269,8 +273,8 @@ class Probe:
         return losses.mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
 
     def scale(self, metric):
-        """What each coordinate is multiplied by: 1, or 1 / sqrt(v) of Adam, whose steps it makes comparable; 0 for
-        parameters that have not moved yet (DINO's last layer)."""
+        """What each coordinate is multiplied by: 1, or 1 / sqrt(v) of Adam, v the second moment of the gradients that
+        it was given (DINO: clipped ones); 0 for parameters that have not moved yet (DINO's last layer)."""
         if metric == 'euclidean':
             return 1.0
         eps, beta2 = self.optimizer.defaults['eps'], self.optimizer.defaults['betas'][1]
@@ -294,7 +298,8 @@ class Probe:
         yield
         for buffer, value in zip(self.method.buffers(), kept):
             buffer.copy_(value)
-        self.method.batch_center = None
+        if self.args.method == 'dino':
+            self.method.batch_center = None
 
     def measure(self, grid, count, groups, step, metric):
         """{strategy: GradStats} against the base strategy."""
@@ -304,7 +309,8 @@ class Probe:
             if i not in current:
                 current.clear()
                 current[i] = next(batches)
-            return self.gradient(current[i], strategy, (step, i)) * scale
+            gradient = self.gradient(current[i], strategy, (step, i)) * scale
+            return gradient.cpu() if self.device.type == 'mps' else gradient  # MPS has no float64
         with self.no_trace():
             return gradient_stats(grad_fn, grid, Compression(self.args.patch_size), range(count), groups)
 
@@ -339,15 +345,24 @@ def load_checkpoint(path):
     if not path.is_file():
         raise FileNotFoundError(f'no checkpoint at {path}; --resume takes the folder of a run, such as runs/moco-shapes-0')
     checkpoint = read_file(path)
-    if not isinstance(checkpoint, dict) or not {'method', 'optimizer', 'args', 'stages', *COUNTERS} <= set(checkpoint):
+    if not isinstance(checkpoint, dict) or not {*STATE, *COUNTERS} <= set(checkpoint):
         raise ValueError(f'{path} is no checkpoint of a run; --resume takes the folder that train.py made')
     return checkpoint
 
 
 def forget_after(path, step):
-    """Drops the lines of steps after the checkpoint's, which a resumed run takes again."""
+    """Drops what a resumed run does again: the lines of later steps, a line cut off by the crash, and the scores and
+    gradient errors of this very step, which are taken before it."""
+    kept = []
+    for text in path.read_text().splitlines(True) if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            break
+        if line['step'] < step or (line['step'] == step and 'loss' in line):
+            kept.append(text)
     if path.exists():
-        save(''.join(line for line in path.read_text().splitlines(True) if json.loads(line)['step'] <= step), path)
+        save(''.join(kept), path)
 
 
 def refuse_existing(args):
@@ -380,7 +395,7 @@ def collapse_warning(metrics, outputs):
 
 def choose(schedule, rows, progress, horizon):
     """The schedule so far and, from `progress` on, the strategy with the lowest CA-MSE, ties to the cheaper."""
-    rows = [{**row, 'norm2': 1.0} for row in rows]  # at one progress the scale does not matter, and it is the noisiest number
+    rows = [{**row, 'norm2': 1.0, 'norm2_sem': 0.0} for row in rows]  # at one progress the scale, the noisiest number, does not matter
     best = Compression.parse(solve(rows, horizon=horizon).at(0))
     return schedule if best == schedule.stages[-1][1] else Schedule((*schedule.stages, (progress, best)))
 
@@ -421,8 +436,8 @@ def train(args, checkpoint):
             raise ValueError(f'the run had {checkpoint["world"]} process(es) and {checkpoint["images"]} images, now there are {world} and '
                              f'{len(data)}: it would be another run; resume it as it was')
         schedule = Schedule(tuple(checkpoint['stages'])).map(Compression.parse)  # auto's so far; a file may have changed since
-    points = Schedule.points(args.gradstats) if args.gradstats else []
-    metrics_asked, auto_metric = args.metric or ['euclidean'], (args.metric or ['adam'])[0]
+    points = Schedule.points(args.gradstats) if args.gradstats is not None else []
+    metrics_asked, auto_metric = list(dict.fromkeys(args.metric or ['euclidean'])), (args.metric or ['adam'])[0]
     if 'adam' in metrics_asked and 0 in points:
         raise ValueError('--metric adam: Adam has no second moment at progress 0; start --gradstats later')
     measured = grid if auto or points or args.grid else []
@@ -504,7 +519,7 @@ def train(args, checkpoint):
             f'in the {auto_metric} metric, and goes on with the best')
     elif auto and not checkpoint:
         say(f'auto      cannot measure: --auto-share {args.auto_share:g} of the budget does not pay for 4 batches of each of {len(grid)} '
-            f'strategies, {4 * args.batch_size * sum(cost[c] for c in grid):,.0f} units; the schedule stays')
+            f'strategies, {4 * args.batch_size * sum(cost[c] for c in grid):,.0f} units; the schedule stays. Raise --budget or --auto-share')
     say(f'optimizer AdamW, peak learning rate {peak_lr:.2e} = {args.lr:g} x {args.batch_size} / 256, {args.lr_schedule}')
     say(f'loss      {method.chance_loss(args.batch_size):.3f} is chance: all features equal, or uniform outputs')
     if not scored:
@@ -546,6 +561,8 @@ def train(args, checkpoint):
         rows = [dict(progress=progress, strategy=str(c), patch_size=c.patch_size, drop_rate=c.drop_rate, cost=cost[c],
                      cost_analytic=analytic[c], **dataclasses.asdict(s), metric=metric, method=args.method, symmetric=args.symmetric,
                      temperature=args.temperature, batch_size=args.batch_size, step=step, units=spent) for c, s in stats.items()]
+        if not all(math.isfinite(value) for c in stats.values() for value in dataclasses.astuple(c)):
+            stop('a gradient is not finite', step, progress)
         if main_process:
             with open(folder / 'gradstats.jsonl', 'a') as file:
                 file.writelines(json.dumps(row) + '\n' for row in rows)
@@ -566,7 +583,8 @@ def train(args, checkpoint):
     while spent < budget:
         if spent / budget >= next_eval:
             score('random network' if step == 0 else f'{100 * spent / budget:.0f} % of the budget')
-            next_eval += args.eval_every
+            while next_eval <= spent / budget:
+                next_eval += args.eval_every
             clock = time.perf_counter()
 
         # schedules for this step
@@ -589,14 +607,19 @@ def train(args, checkpoint):
 
         # compression for this step; auto measures where the run is now, and never goes back to a cheaper strategy
         if moments and progress >= moments[0]:
-            first = moments[0] == AUTO_FIRST
-            candidates = [c for c in grid if first or c == base or cost[c] >= cost[schedule.stages[-1][1]]]
-            rows = measure(progress, candidates, auto_batches, 2, auto_metric)
-            spent += auto_batches * args.batch_size * sum(cost[c] for c in candidates)
-            schedule, moments = choose(schedule, rows, progress, args.horizon), moments[1:]
-            if main_process:
-                tqdm.write(f'{100 * progress:.0f} % of the budget: {schedule.stages[-1][1]} has the lowest cost-adjusted gradient error')
-            clock = time.perf_counter()
+            first, now = moments[0] == AUTO_FIRST, schedule.stages[-1][1]
+            candidates = [c for c in grid if first or c == base or cost[c] >= cost[now]]
+            moments = moments[1:] if len(candidates) > 1 else []
+            if len(candidates) > 1:
+                rows = measure(progress, candidates, auto_batches, 2, auto_metric)
+                spent += auto_batches * args.batch_size * sum(cost[c] for c in candidates)
+                chosen = choose(schedule, rows, progress, args.horizon)
+                if first or cost[chosen.stages[-1][1]] >= cost[now]:
+                    schedule = chosen
+                if main_process:
+                    tqdm.write(f'{100 * progress:.0f} % of the budget: on with {schedule.stages[-1][1]}, which has the lowest '
+                               f'cost-adjusted gradient error, or is the cheapest within its error bar')
+                seconds, clock = seconds + time.perf_counter() - clock, time.perf_counter()
         compression = schedule.at(progress)
 
         # views
@@ -644,7 +667,8 @@ def train(args, checkpoint):
                 warned.add(warning)
                 say(f'warning: step {step}: {warning}')
         if spent / budget >= next_save and spent < budget:
-            next_save += args.save_every
+            while next_save <= spent / budget:
+                next_save += args.save_every
             save_run()
         if args.max_steps and step >= args.max_steps and spent < budget:
             if distributed:

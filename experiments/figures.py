@@ -63,10 +63,14 @@ def budgets(paths):
 def gradstats(paths):
     """Squared bias, cost-adjusted variance and CA-MSE per strategy over progress, as fractions of the true gradient's squared norm."""
     rows = load_table(paths[0])
+    noise = sorted({row['progress'] for row in rows if row['norm2'] <= row['norm2_sem']})
+    if noise:
+        print(f'left out, the true gradient is lost in noise: progress {noise}')
+    rows = [row for row in rows if row['progress'] not in noise]
     strategies = sorted({row['strategy'] for row in rows}, key=lambda s: -next(r['cost'] for r in rows if r['strategy'] == s))
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharex=True)
     for i, strategy in enumerate(strategies):
-        mine = sorted((row for row in rows if row['strategy'] == strategy and row['norm2'] > 0), key=lambda row: row['progress'])
+        mine = sorted((row for row in rows if row['strategy'] == strategy), key=lambda row: row['progress'])
         x, color = [row['progress'] for row in mine], plt.cm.viridis(i / max(1, len(strategies) - 1))
         columns = (
             ([row['bias2'] / row['norm2'] for row in mine], [row['bias2_sem'] / row['norm2'] for row in mine]),

@@ -33,7 +33,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data as datasets  # noqa: E402
 import train  # noqa: E402
-from compress import Compression  # noqa: E402
 from eval import knn_accuracy  # noqa: E402
 from schedule import cost_adjusted_mse  # noqa: E402
 
@@ -81,7 +80,7 @@ def prefix(source, seed, flags, threads):
     return folders
 
 
-def branch(folder, source, point, seed, strategy, threads):
+def branch(folder, source, point, seed, strategy, flags, threads):
     """Goes on from a state under another strategy; a line of predict.jsonl."""
     run = Path('runs') / f'{folder.name}-{strategy}'
     if run.exists():
@@ -97,7 +96,7 @@ def branch(folder, source, point, seed, strategy, threads):
     train_run(['--resume', str(run), '--max-steps', str(state['step'] + steps_for(state, strategy, MORE))], threads)
     before = [r for r in measured_rows(folder) if r['strategy'] == strategy and r['progress'] == point]
     after = [r for r in measured_rows(run) if r['strategy'] == strategy]
-    result = dict(source=source, point=point, seed=seed, strategy=strategy, **quality(run), before=before, adapted=after)
+    result = dict(flags=shlex.join(flags), source=source, point=point, seed=seed, strategy=strategy, **quality(run), before=before, adapted=after)
     shutil.rmtree(run)
     return result
 
@@ -125,6 +124,8 @@ def run(args, flags):
     threads = 1 if args.jobs > 1 else None
     path = RESULTS / 'predict.jsonl'
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if any(r['flags'] != shlex.join(flags) for r in done):
+        sys.exit(f'predict.py: error: {path} holds a study with other flags, {done[0]["flags"]}; move it away first')
     done = {(r['source'], r['point'], r['seed'], r['strategy']) for r in done}
     torch.set_num_threads(threads or torch.get_num_threads())
 
@@ -132,7 +133,7 @@ def run(args, flags):
         for folder, point in zip(prefix(source, seed, flags, threads), POINTS):
             for strategy in STRATEGIES:
                 if (source, point, seed, strategy) not in done:
-                    line = branch(folder, source, point, seed, strategy, threads)
+                    line = branch(folder, source, point, seed, strategy, flags, threads)
                     with open(path, 'a') as file:
                         file.write(json.dumps(line) + '\n')
                     print(f'{source} seed {seed} at {point}, on with {strategy}: 20-NN {line["knn"]:.2f} %, loss {line["loss"]:.3f}', flush=True)
@@ -146,7 +147,8 @@ def spearman(a, b):
     """Rank correlation; ties share their mean rank."""
     def ranks(values):
         return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
-    return statistics.correlation(ranks(a), ranks(b))
+    a, b = ranks(a), ranks(b)
+    return statistics.correlation(a, b) if len(set(a)) > 1 and len(set(b)) > 1 else 0.0
 
 
 def table():

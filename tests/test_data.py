@@ -9,12 +9,17 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 import data
-from data import (View, augment, batch_keys, blur_matrix, color_jitter, crop_boxes, filter_matrix, keyed_generator, load, luminance,
-                  make_views, random_crop, recipe, render_shapes, separable, shift_hue, spread)
+from data import (View, batch_keys, blur_matrix, color_jitter, crop_boxes, filter_matrix, finish, keyed_generator, load, luminance,
+                  make_views, random_crop, recipe, recolor, render_shapes, separable, shift_hue, spread)
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def augment(images, view, generator):
+    """Everything after the crop."""
+    return finish(recolor(images, view, generator), view, generator)
 
 
 # ---- crops

@@ -50,7 +50,9 @@ def table(strategies, points=(0, 0.5, 1), error=0.0):
 
 
 def random_values(rng, strategies, length):
-    return {f's{k}': [rng.uniform(0, 1) for _ in range(length)] for k in range(strategies)}, {f's{k}': rng.uniform(0.1, 1) for k in range(strategies)}
+    """Values by strategy, and costs, of which some are equal."""
+    cost = lambda: rng.choice((0.2, 0.5, rng.uniform(0.1, 1)))
+    return {f's{k}': [rng.uniform(0, 1) for _ in range(length)] for k in range(strategies)}, {f's{k}': cost() for k in range(strategies)}
 
 
 @pytest.mark.parametrize('seed', range(60))
@@ -117,6 +119,8 @@ GOOD = {'p4': (1, (0, 0, 0), (1, 1, 1)), 'p8': (0.25, (0.1, 0.2, 0.3), (1, 1, 1)
     (lambda rows: rows.append(dict(rows[1])), 'row 7 .*measured before, in row 2'),
     (lambda rows: rows[1].pop('variance'), 'row 2 .*variance is None'),
     (lambda rows: rows[0].update(norm2=-0.1), 'row 1 .*lost in noise'),
+    (lambda rows: rows[1].update(norm2=0.1, norm2_sem=0.2), 'row 2 .*lost in noise'),
+    (lambda rows: rows[1].pop('strategy'), 'row 2 .*strategy must be a name'),
     (lambda rows: rows[0].update(progress=1.2), 'outside'),
     (lambda rows: rows.clear(), 'empty'),
 ])
@@ -138,7 +142,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     units = written.stages[1][0] * 1e5
     assert f'{units:,.0f} units, {units / 0.25:12,.0f} samples'.replace(' ', '') in printed.replace(' ', '')
     (tmp_path / 'g.jsonl').write_text('{"progress": 0}\nnonsense')
-    with pytest.raises(ValueError, match='line 2 is not JSON'):
+    with pytest.raises(ValueError, match='line 2 is not a JSON object'):
         schedule_file.main()
 
 

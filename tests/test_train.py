@@ -336,6 +336,23 @@ def test_auto_measures_within_its_share_and_resumes_bit_exactly(run):
     assert run('--schedule', runs / 'whole' / 'schedule.json', '--budget', '0.0001')
 
 
+def test_a_resumed_run_measures_and_scores_nothing_twice(run):
+    """Also when the checkpoint is of the very step before which they were taken, and the crash cut off a line."""
+    flags = ['--budget', '0.0016', '--gradstats', '0.25,0.5', '--grid', 'p4', '--probe-batches', 8, '--schedule', 'none', '--save-every', '0.25']
+    runs = run(*flags, '--name', 'whole')
+    run(*flags, '--name', 'killed', '--max-steps', 25)  # the checkpoint of step 25, at 25 %
+    folder = runs / 'killed'
+    checkpoint = (folder / 'checkpoint.pt').read_bytes()
+    run('--resume', folder, '--max-steps', 30, small=False)
+    (folder / 'checkpoint.pt').write_bytes(checkpoint)  # as if killed at step 30
+    with open(folder / 'log.jsonl', 'a') as file:
+        file.write('{"step": 31, "lo')
+    run('--resume', folder, small=False)
+    for name in ('log.jsonl', 'gradstats.jsonl'):
+        rows = [[json.loads(line) for line in (runs / r / name).read_text().splitlines()] for r in ('whole', 'killed')]
+        assert [(row['step'], row['progress'], 'loss' in row) for row in rows[0]] == [(row['step'], row['progress'], 'loss' in row) for row in rows[1]]
+
+
 def test_auto_that_cannot_pay_says_so(run, capsys):
     runs = run('--schedule', 'auto', '--budget', '0.0003', '--name', 'a')
     assert 'cannot measure' in capsys.readouterr().out
