@@ -221,7 +221,7 @@ def build_grid(args):
     return [Compression(p, rate) for p in larger_patches(args) for rate in ((0.0, 0.5) if p < args.img_size else (0.0,))]
 
 
-AUTO_FIRST = 0.05  # progress of auto's first measurement: Adam's second moment is known by then
+AUTO_FIRST = 0.2  # progress of auto's first measurement, on short budgets the only one: past the warm-up and the first easy gains
 
 
 def plan_auto(args, grid, cost, budget):
