@@ -446,7 +446,7 @@ class Decoder(torch.utils.data.Dataset):
             try:
                 with Image.open(self.paths[i]) as image:
                     if image.mode.startswith('I'):  # 16 bits a pixel, which convert() would cut off at 255
-                        image = image.point(lambda value: value * (1 / 257)).convert('L')
+                        image = image.convert('I').point(lambda value: value * (1 / 257)).convert('L')
                     label = torch.tensor(-1) if unreadable else self.labels[i]  # a replacement has no label
                     return self.views_of(image.convert('RGB'), (epoch, i)), label, unreadable
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's for damaged files

@@ -4,7 +4,7 @@
     python train.py --dataset fashion_mnist --data-root data --download
     python train.py --gradstats 0,0.25,0.5,0.75,1 --schedule none    # how wrong is each strategy's gradient, and when
     torchrun --nproc_per_node 8 train.py --dataset folder --data-root imagenet --img-size 240 --patch-size 16 \\
-        --arch vit_small --schedule p48@0,p30@0.3,p24@0.5,p20@0.7,p16@0.85 --budget 100 ...   (README: all flags)
+        --arch vit_small --schedule p48@0,p30@0.3,p24@0.5,p20@0.7,p16@0.85 --budget 100 ...   (whole in the README)
 
 The clock of a run is its budget in units, a unit being the cost of one uncompressed training sample. A sample
 under compression tau spends c(tau) units (compress.sample_cost); the run ends when the budget is spent, and every
