@@ -198,11 +198,13 @@ def larger_patches(args):
 
 
 def build_schedule(args):
-    """The compression over progress, as a Schedule of Compression; for auto, what it begins with: about twice the patch size."""
+    """The compression over progress, as a Schedule of Compression; for auto, what it begins with: about twice the patch
+    size, half the tokens. Early on cheap strategies learn the most (paper), and the first measurement corrects it."""
     if args.schedule == 'none':
         return Schedule(((0.0, Compression(args.patch_size)),))
     if args.schedule == 'auto':
-        return Schedule(((0.0, Compression(min(larger_patches(args), key=lambda p: abs(p - 2 * args.patch_size)))),))
+        twice = min(larger_patches(args), key=lambda p: abs(p - 2 * args.patch_size))
+        return Schedule(((0.0, Compression(twice, 0.5 if twice < args.img_size else 0.0)),))
     if not args.schedule.endswith('.json'):
         return Schedule.parse(args.schedule).map(Compression.parse)
     path = Path(args.schedule)

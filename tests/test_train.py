@@ -329,7 +329,7 @@ def test_auto_measures_within_its_share_and_resumes_bit_exactly(run):
     costs = {(row['patch_size'], row['drop_rate']): row['cost'] for row in rows}
     trained = [costs[line['patch_size'], line['drop_rate']] for line in steps]
     first = sum(line['progress'] <= 0.2 for line in steps)
-    assert {(8, 0.0)} == {(line['patch_size'], line['drop_rate']) for line in steps[:first]}
+    assert {(8, 0.5)} == {(line['patch_size'], line['drop_rate']) for line in steps[:first]}
     assert sum(trained) * 16 + measured == pytest.approx(whole['units'])  # the measuring is paid from the budget
     assert trained[first + 1:] == sorted(trained[first + 1:])  # never back to a cheaper strategy
     assert json.loads((runs / 'whole' / 'schedule.json').read_text())['stages'] == [list(stage) for stage in whole['stages']]
