@@ -102,6 +102,8 @@ def cost(paths):
     axis.set(xlabel='patch size', ylabel='drop rate', title='sample cost, MoCo-v3 ViT-B at 240 px (FLOPs)')
     if paths:
         rows = {row['strategy']: row for row in read(paths[0])}.values()
+        if all(row['cost'] == row['cost_analytic'] for row in rows):
+            sys.exit(f'figures.py: error: the costs of {paths[0]} are analytic; measure them by train.py --cost measured')
         axis = axes[0][1]
         axis.plot([0, 1], [0, 1], color='gray', linestyle=':')
         for row in rows:
