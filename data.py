@@ -199,13 +199,10 @@ def color_jitter(images, view, generator):
         x.lerp_(reference.expand_as(x), weight[part, place]).clamp_(0, 1)
 
     images = images.index_select(0, dealt)                                      # a copy; every draw above is as good for it
-    if c == 1:
-        for place in range(3):
-            blend(place, slice(None))
-    else:
-        ends = [b * i // 4 for i in (1, 2, 3)]                                   # hue first, second, third up to here
-        for place in range(3):
-            blend(place, slice(ends[place], None))
+    ends = [b * i // 4 if c == 3 else 0 for i in (1, 2, 3)]                      # hue first, second, third up to here
+    for place in range(3):
+        blend(place, slice(ends[place], None))
+    if c == 3:
         images = shift_hue(images, hue)
         for place in range(3):
             blend(place, slice(ends[place]))

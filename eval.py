@@ -591,15 +591,14 @@ def main():
 
     # ---- settings of the trained protocols
     recipe = {key: pair[img_size < 64] if getattr(args, key) is None else getattr(args, key) for key, pair in RECIPE.items()}
-    recipe['batch_size'], probe_batch = (min(batch, len(train_ids)) // world * world
-                                         for batch in (recipe['batch_size'], args.probe_batch))
-    if args.probe_recipe == 'sweep':  # on cached features, which every process has: no share of the batch
-        probe_batch = min(args.probe_batch, len(train_ids))
+    moco = args.probe_recipe == 'moco-v3'
+    shares = world if moco else 1  # the sweep runs on cached features, which every process has
+    recipe['batch_size'] = min(recipe['batch_size'], len(train_ids)) // world * world
+    probe_batch = min(args.probe_batch, len(train_ids)) // shares * shares
     if not recipe['batch_size'] or not probe_batch:
         raise ValueError(f'--batch-size, --probe-batch and the {len(train_ids)} images must be at least the {world} processes')
     regularized = dict(weight_decay=args.weight_decay, layer_decay=args.layer_decay, drop_path=args.drop_path,
                        smoothing=args.smoothing, ema_decay=args.ema)
-    moco = args.probe_recipe == 'moco-v3'
     probe = dict(recipe=args.probe_recipe, epochs=args.probe_epochs or (90 if moco else 50), batch_size=probe_batch,
                  crops=args.probe_crops)
     rates = args.probe_rates or ([3.0] if moco else list(PROBE_RATES))

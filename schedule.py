@@ -201,10 +201,10 @@ def best_path(values, costs, monotone=True):
     """One strategy per grid point with the least sum of values; ties go to the cheaper. monotone: cost never falls,
     the global optimum by dynamic programming; else the minimum at each point."""
     order = sorted(values, key=costs.get)
-    dearest = [max(j for j, other in enumerate(order) if costs[other] <= costs[s]) for s in order]  # of those that cost no more
     length = len(values[order[0]])
     if not monotone:
         return [min(order, key=lambda s: values[s][i]) for i in range(length)]  # min keeps the first, the cheapest
+    dearest = [max(j for j, other in enumerate(order) if costs[other] <= costs[s]) for s in order]  # of those that cost no more
     total, origin = [values[s][0] for s in order], []
     for i in range(1, length):
         came_from = [min(range(dearest[k] + 1), key=total.__getitem__) for k in range(len(order))]  # the first, if equal

@@ -355,16 +355,17 @@ def load_checkpoint(path):
 def forget_after(path, step):
     """Drops what a resumed run does again: the lines of later steps, a line cut off by the crash, and the scores and
     gradient errors of this very step, which are taken before it."""
+    if not path.exists():
+        return
     kept = []
-    for text in path.read_text().splitlines(True) if path.exists() else []:
+    for text in path.read_text().splitlines(True):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             break
         if line['step'] < step or (line['step'] == step and 'loss' in line):
             kept.append(text)
-    if path.exists():
-        save(''.join(kept), path)
+    save(''.join(kept), path)
 
 
 def refuse_existing(args):
@@ -611,8 +612,8 @@ def train(args, checkpoint):
         if moments and progress >= moments[0]:
             first, now = moments[0] == AUTO_FIRST, schedule.stages[-1][1]
             candidates = [c for c in grid if first or c == base or cost[c] >= cost[now]]
-            moments = moments[1:] if len(candidates) > 1 else []
-            if len(candidates) > 1:
+            moments = moments[1:]
+            if len(candidates) > 1:  # else there is nothing to choose
                 rows = measure(progress, candidates, auto_batches, 2, auto_metric)
                 spent += auto_batches * args.batch_size * sum(cost[c] for c in candidates)
                 chosen = choose(schedule, rows, progress, args.horizon)

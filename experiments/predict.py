@@ -18,11 +18,9 @@ prints Spearman's rank correlation of predicted and real order, mean and spread 
 import argparse
 import json
 import math
-import os
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import data as datasets  # noqa: E402
 import train  # noqa: E402
 from eval import knn_accuracy  # noqa: E402
+from reproduce import call, read_lines  # noqa: E402
 from schedule import cost_adjusted_mse  # noqa: E402
 
 SOURCES, POINTS = ('p4', 'p8'), (0.2, 0.5)
@@ -42,19 +41,8 @@ MORE, ADAPT, HORIZONS = 0.1, 0.02, (1, 4, 16, 64)
 RESULTS = ROOT / 'experiments' / 'results'
 
 
-def train_run(flags, threads):
-    environment = {**os.environ, 'OMP_NUM_THREADS': str(threads)} if threads else None
-    done = subprocess.run([sys.executable, str(ROOT / 'train.py'), *flags], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f'train.py {shlex.join(flags)}: {done.stderr.splitlines()[-1]}')
-
-
 def read_checkpoint(folder):
     return torch.load(folder / 'checkpoint.pt', weights_only=True)
-
-
-def measured_rows(folder):
-    return [json.loads(line) for line in (folder / 'gradstats.jsonl').read_text().splitlines()]
 
 
 def steps_for(checkpoint, strategy, share):
@@ -72,9 +60,9 @@ def prefix(source, seed, flags, threads):
         folder = Path('runs') / f'{run}-at{point}'
         if not folder.exists():
             if not (Path('runs') / run).exists():
-                train_run([*common, '--max-steps', '1'], threads)  # tells the costs
+                call('train.py', [*common, '--max-steps', '1'], threads)  # tells the costs
             steps = steps_for(read_checkpoint(Path('runs') / run), source, point) + 1  # measured at the start of the last
-            train_run(['--resume', f'runs/{run}', '--max-steps', str(steps)], threads)
+            call('train.py', ['--resume', f'runs/{run}', '--max-steps', str(steps)], threads)
             shutil.copytree(Path('runs') / run, folder)
         folders.append(folder)
     return folders
@@ -93,9 +81,9 @@ def branch(folder, source, point, seed, strategy, flags, threads):
     state['points'] = [progress + ADAPT] if source == SOURCES[0] else []
     state['args'].update(grid=strategy, probe_batches=16, metric=['euclidean'])
     train.save(state, run / 'checkpoint.pt')
-    train_run(['--resume', str(run), '--max-steps', str(state['step'] + steps_for(state, strategy, MORE))], threads)
-    before = [r for r in measured_rows(folder) if r['strategy'] == strategy and r['progress'] == point]
-    after = [r for r in measured_rows(run) if r['strategy'] == strategy]
+    call('train.py', ['--resume', str(run), '--max-steps', str(state['step'] + steps_for(state, strategy, MORE))], threads)
+    before = [r for r in read_lines(folder / 'gradstats.jsonl') if r['strategy'] == strategy and r['progress'] == point]
+    after = [r for r in read_lines(run / 'gradstats.jsonl') if r['strategy'] == strategy]
     result = dict(flags=shlex.join(flags), source=source, point=point, seed=seed, strategy=strategy, **quality(run), before=before, adapted=after)
     shutil.rmtree(run)
     return result
@@ -123,7 +111,7 @@ def quality(run):
 def run(args, flags):
     threads = 1 if args.jobs > 1 else None
     path = RESULTS / 'predict.jsonl'
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = read_lines(path) if path.exists() else []
     if any(r['flags'] != shlex.join(flags) for r in done):
         sys.exit(f'predict.py: error: {path} holds a study with other flags, {done[0]["flags"]}; move it away first')
     done = {(r['source'], r['point'], r['seed'], r['strategy']) for r in done}
@@ -152,7 +140,7 @@ def spearman(a, b):
 
 
 def table():
-    lines = [json.loads(line) for line in (RESULTS / 'predict.jsonl').read_text().splitlines()]
+    lines = read_lines(RESULTS / 'predict.jsonl')
     forks = {}
     for line in lines:
         forks.setdefault((line['source'], line['point'], line['seed']), {})[line['strategy']] = line

@@ -46,12 +46,16 @@ def call(script, flags, threads):
     return done.stdout.splitlines()[-1]
 
 
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def train(name, flags, eval_flags, threads):
     """The numbers of a run's row; it is trained and scored first if it has not been."""
     folder = Path('runs') / name
     if not folder.exists():
         print(f'{name}: {call("train.py", ["--name", name, *flags], threads)}', flush=True)
-    lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    lines = read_lines(folder / 'log.jsonl')
     scores = [line for line in lines if 'knn' in line]
     steps = [line for line in lines if 'loss' in line]
     if not scores or scores[-1]['progress'] < 1:
@@ -62,7 +66,7 @@ def train(name, flags, eval_flags, threads):
         if not (folder / 'eval.jsonl').exists():
             root = flags[flags.index('--data-root'):][:2] if '--data-root' in flags else []
             call('eval.py', ['--weights', str(folder / 'backbone.pt'), *root, *eval_flags], threads)
-        for line in map(json.loads, (folder / 'eval.jsonl').read_text().splitlines()):
+        for line in read_lines(folder / 'eval.jsonl'):
             row[f'{line["protocol"]} at p{line["patch_size"]} %'] = line['score']
     return row
 
