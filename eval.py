@@ -474,6 +474,14 @@ def pick_device(name):
     return torch.device('cuda', local_rank)
 
 
+def join_processes(device):
+    """Joins the process group that torchrun's environment describes."""
+    # DistributedDataParallel imports this. After the group it would keep the group alive, whose threads then outlive
+    # destroy_process_group; one that frees a tensor while Python shuts down aborts the process (torch 2.15, gloo).
+    import torch._dynamo  # noqa: F401
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Formatter)
     g = parser.add_argument_group('weights')
@@ -560,7 +568,7 @@ def main():
     if args.half_bank and device.type != 'cuda':
         raise ValueError(f'--half-bank is for GPUs, --device {device.type} is slow in half precision; leave it out')
     if shard:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        join_processes(device)
     world, main_process = dist.get_world_size() if shard else 1, not shard or dist.get_rank() == 0
     say = print if main_process else (lambda *_, **__: None)
 

@@ -34,7 +34,7 @@ import data as datasets
 import losses
 import vit
 from compress import Compression, forward_flops, local_side, num_keep, sample_cost, training_flops
-from eval import Formatter, knn_accuracy, pick_device, read_file
+from eval import Formatter, join_processes, knn_accuracy, pick_device, read_file
 from gradstats import gradient_stats
 from schedule import Schedule, cosine, polynomial, ramp, solve, warmup
 
@@ -411,7 +411,7 @@ def train(args, checkpoint):
     if not checkpoint:
         refuse_existing(args)  # in every process, before they wait for each other
     if distributed:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        join_processes(device)
     if args.batch_size % world or args.batch_size // world < 2:
         raise ValueError(f'batch size {args.batch_size} cannot be shared by {world} process(es) as at least 2 images each; '
                          f'use a multiple of {world} from {2 * world} on')
