@@ -177,6 +177,19 @@ def restrict(data, split, ids):
     return part
 
 
+def hold_out(data):
+    """The data set with a random tenth of its labelled training images for test images, always the same."""
+    ids = data.labelled_ids('train')
+    order = ids[torch.randperm(len(ids), generator=datasets.keyed_generator('held-out images'))]
+    held, kept = (part.sort().values for part in order.split([len(ids) // 10, len(ids) - len(ids) // 10]))
+    part = restrict(data, 'train', kept)
+    if isinstance(data, datasets.FolderImages):
+        part.test_paths, part.test_labels, part.queries = data.paths, data.labels, held
+    else:
+        part.test_images, part.test_labels = data.images[held], data.labels[held]
+    return part
+
+
 def split_features(encoder, data, split, limit, img_size, device, patch_size=None, workers=0, mean=None, std=None,
                    crop=None, shard=False, progress=False):
     """Features (n d) and labels (n) of at most `limit` labelled images of a split, by their center view.
@@ -499,6 +512,7 @@ def parse_args():
     g.add_argument('--workers', type=int, default=2, help='loader processes (data set folder)')
 
     g = parser.add_argument_group('what to measure')
+    g.add_argument('--validate', action='store_true', help='score on a held-out tenth of the training images, to choose settings by')
     g.add_argument('--protocol', nargs='+', choices=('nn', 'knn', 'linear', 'finetune'), default=['nn', 'knn'], help='any of them')
     g.add_argument('--patch-size', nargs='+', type=int, help='score at these patch sizes (default: the base one)')
     g.add_argument('--k', nargs='+', type=int, default=[20], help='neighbours of the weighted k-NN')
@@ -587,11 +601,13 @@ def main():
         raise ValueError(f'{args.weights} does not say what it was trained on; add --dataset, one of '
                          f'{", ".join(datasets.DATASETS)}')
     data = datasets.load(dataset, args.data_root, args.download)
+    data = hold_out(data) if args.validate else data
     if data.channels != sizes['in_chans']:
         raise ValueError(f'the backbone takes {sizes["in_chans"]} channels, the images of {dataset} have {data.channels}; '
                          f'choose another --dataset')
     check_labels(data, args.limit, max(args.k) if 'knn' in args.protocol else 1)
     train_ids, queries = datasets.spread(data.labelled_ids('train'), args.limit), len(data.labelled_ids('test'))
+    tested = 'held-out training images' if args.validate else 'test images'
     classes, mean, std = len(data.classes), saved['mean'] or data.mean, saved['std'] or data.std
     img_size, patch_sizes = args.img_size or sizes['img_size'], list(dict.fromkeys(args.patch_size or [encoder.patch_size]))
     for patch_size in patch_sizes:
@@ -610,7 +626,7 @@ def main():
     probe = dict(recipe=args.probe_recipe, epochs=args.probe_epochs or (90 if moco else 50), batch_size=probe_batch,
                  crops=args.probe_crops)
     rates = args.probe_rates or ([3.0] if moco else list(PROBE_RATES))
-    say(f'{dataset}: class token, {img_size} px, bank {len(train_ids)}, {queries} test images, {classes} classes, '
+    say(f'{dataset}: class token, {img_size} px, bank {len(train_ids)}, {queries} {tested}, {classes} classes, '
         f'T {args.temperature}; {device}, {world} process(es)')
     if 'finetune' in args.protocol:
         say('fine-tuning: ' + ', '.join(f'{key} {value}' for key, value in recipe.items())
@@ -640,7 +656,7 @@ def main():
                         score=score, error=error, seconds=seconds, weights=args.weights, random=args.random_init, seed=args.seed,
                         dataset=dataset, img_size=img_size, num_heads=sizes['num_heads'], mean=mean, std=std,
                         patch_size=patch_size, tokens=tokens, cost=cost,
-                        bank=len(train_ids), queries=queries, **settings)) + '\n')
+                        bank=len(train_ids), queries=queries, scored_on=tested, **settings)) + '\n')
 
         def features(split, crop=None, network=encoder):
             limit = args.limit if split == 'train' else None
@@ -688,7 +704,7 @@ def main():
             report('finetune', trained_score(model), start, protocol='finetune', losses=losses, **recipe, **regularized)
 
     # ---- table
-    say(('RANDOM NETWORK, ' if args.random_init else '') + f'percent correct on {queries} test images, +- standard error')
+    say(('RANDOM NETWORK, ' if args.random_init else '') + f'percent correct on {queries} {tested}, +- standard error')
     say('  patch  tokens   cost' + ''.join(f'{column:>17}' for column in columns))
     for cells in table.values():
         say(cells[0] + ''.join(f'{cell:>17}' for cell in cells[1:]))

@@ -375,6 +375,26 @@ def test_a_random_network_is_called_one(backbone, tiny_fashion, monkeypatch, cap
     assert capsys.readouterr().out.count('RANDOM NETWORK') == 2 and lines_of(backbone)[0]['random'] is True
 
 
+def test_held_out_images_take_the_place_of_the_test_images(backbone, tiny_fashion, monkeypatch, tmp_path):
+    full = data.load('fashion_mnist', tiny_fashion)
+    part = evaluation.hold_out(full)
+    held = sorted({*range(320)} - {*part.labelled_ids('train').tolist()})
+    assert len(held) == 32 and torch.equal(part.test_images, full.images[held]) and torch.equal(part.test_labels, full.labels[held])
+    assert part.images is full.images and (full.labels >= 0).all()
+    run(monkeypatch, '--weights', backbone, '--data-root', tiny_fashion, '--validate', '--protocol', 'nn')
+    line = lines_of(backbone)[0]
+    assert (line['bank'], line['queries'], line['scored_on']) == (288, 32, 'held-out training images')
+
+    from PIL import Image
+    for i in range(40):
+        (tmp_path / 'tree' / 'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / 'tree' / 'ab'[i % 2] / f'{i}.png')
+    tree = data.load('folder', tmp_path / 'tree')  # 36 of them the bank
+    part = evaluation.hold_out(tree)
+    bank, queries = part.labelled_ids('train'), part.labelled_ids('test')
+    assert len(queries) == 3 and sorted([*bank.tolist(), *queries.tolist()]) == tree.bank.tolist()
+
+
 def test_data_without_usable_labels(backbone, tiny_fashion, monkeypatch):
     full = data.load('fashion_mnist', tiny_fashion)
     for labels, match in ((torch.full_like(full.labels, -1), 'needs labelled'), (torch.zeros_like(full.labels), 'all of one class')):
