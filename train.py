@@ -38,15 +38,16 @@ from eval import Formatter, join_processes, knn_accuracy, pick_device, read_file
 from gradstats import gradient_stats
 from schedule import Schedule, cosine, polynomial, ramp, solve, warmup
 
-# What the three papers do differently. Head sizes and learning rates are ours, for small images; the papers':
-# MoCo-v3 --hidden 4096, DINO --hidden 2048 --out-dim 65536 --momentum 0.996, which a run of 1,000 steps hardly moves.
+# What the three papers do differently. Head sizes, batch sizes and learning rates are ours, for small images and short runs;
+# the papers': MoCo-v3 --hidden 4096, DINO --hidden 2048 --out-dim 65536 --momentum 0.996 --batch-size 1024. DINO's loss is
+# not contrastive and needs no large batch, but its teacher needs many steps to move: 32 images learn far more than 128.
 METHOD_DEFAULTS = dict(
     moco=dict(out_dim=256, temperature=0.2, symmetric=False, momentum=0.99, weight_decay=0.1, weight_decay_end=0.1,
-              clip_grad=0.0, lr=4e-3),
+              clip_grad=0.0, batch_size=128, lr=4e-3),
     simclr=dict(out_dim=256, temperature=0.1, symmetric=True, momentum=0.0, weight_decay=0.1, weight_decay_end=0.1,
-                clip_grad=0.0, lr=4e-3),
+                clip_grad=0.0, batch_size=128, lr=4e-3),
     dino=dict(out_dim=1024, temperature=0.1, symmetric=True, momentum=0.98, weight_decay=0.04, weight_decay_end=0.4,
-              clip_grad=3.0, lr=1e-3),
+              clip_grad=3.0, batch_size=32, lr=2e-3),
 )
 STATE = ('method', 'optimizer', 'args', 'points', 'moments', 'world', 'images', 'stages', 'cost')  # and, of a checkpoint,
 COUNTERS = ('step', 'units', 'samples', 'next_eval', 'next_save', 'seconds', 'seconds_data')
@@ -103,7 +104,7 @@ def build_parser(method):
     g.add_argument('--auto-share', type=float, default=0.05, help='auto: largest share of the budget spent on measuring')
 
     g = parser.add_argument_group('optimization')
-    g.add_argument('--batch-size', type=int, default=128, help='images per step, over all processes (paper: 1024 to 4096)')
+    g.add_argument('--batch-size', type=int, help='images per step, over all processes (paper: 1024 to 4096)')
     g.add_argument('--lr', type=float, help='peak learning rate per 256 images (MoCo-v3: 1.5e-4, DINO: 5e-4)')
     g.add_argument('--lr-schedule', default='cosine', choices=('cosine', 'polynomial'), help='polynomial is 1 - p^2')
     g.add_argument('--warmup', type=float, default=0.1, help='progress over which the learning rate rises (MoCo-v3: 40 of 300 epochs)')
@@ -223,19 +224,16 @@ def build_grid(args):
     return [Compression(p, rate) for p in larger_patches(args) for rate in ((0.0, 0.5) if p < args.img_size else (0.0,))]
 
 
-AUTO_FIRST = 0.2  # progress of auto's first measurement, on short budgets the only one: past the warm-up and the first easy gains
-
-
 def plan_auto(args, grid, cost, budget):
     """When auto measures, and with how many batches: ([progress, ...], batches), within its share of the budget.
 
-    Up to 5 moments of up to 32 batches, fewer moments before fewer than 8 batches. One moment of at least 4, since two
-    groups of two are the least that gives an error bar, or ([], 0) when the share does not pay for that.
+    Up to 5 moments of up to 32 batches, evenly spaced, fewer moments before fewer than 8 batches. One moment, half way, of
+    at least 4, since two groups of two are the least that gives an error bar, or ([], 0) if the share does not pay for it.
     """
     affordable = int(args.auto_share * budget / (args.batch_size * sum(cost[c] for c in grid)))
     count = min(5, max(affordable // 8, affordable >= 4))
     batches = min(32, affordable // count // 2 * 2) if count else 0
-    return [AUTO_FIRST + (1 - AUTO_FIRST) * i / count for i in range(count)], batches
+    return [i / (count + 1) for i in range(1, count + 1)], batches
 
 
 def build_optimizer(method, args, device):
@@ -481,7 +479,8 @@ def train(args, checkpoint):
     elif args.cost == 'measured':
         timed = probe.seconds(used)
         cost = {c: losses.mean_over_ranks(torch.tensor(timed[c] / timed[base], device=device)).item() for c in used}
-    moments, auto_batches = plan_auto(args, grid, cost, budget) if auto else ([], 0)
+    planned, auto_batches = plan_auto(args, grid, cost, budget) if auto else ([], 0)
+    moments = planned
 
     # ---- resume
     step, spent, samples, next_eval, next_save, seconds, seconds_data = 0, 0.0, 0, 0.0, args.save_every, 0.0, 0.0
@@ -610,7 +609,7 @@ def train(args, checkpoint):
 
         # compression for this step; auto measures where the run is now, and never goes back to a cheaper strategy
         if moments and progress >= moments[0]:
-            first, now = moments[0] == AUTO_FIRST, schedule.stages[-1][1]
+            first, now = moments[0] == planned[0], schedule.stages[-1][1]
             candidates = [c for c in grid if first or c == base or cost[c] >= cost[now]]
             moments = moments[1:]
             if len(candidates) > 1:  # else there is nothing to choose

@@ -61,28 +61,33 @@ def budgets(paths):
 
 
 def gradstats(paths):
-    """Squared bias, cost-adjusted variance and CA-MSE per strategy over progress, as fractions of the true gradient's squared norm."""
-    rows = load_table(paths[0])
-    noise = sorted({row['progress'] for row in rows if row['norm2'] <= row['norm2_sem']})
-    if noise:
-        print(f'left out, the true gradient is lost in noise: progress {noise}')
-    rows = [row for row in rows if row['progress'] not in noise]
-    strategies = sorted({row['strategy'] for row in rows}, key=lambda s: -next(r['cost'] for r in rows if r['strategy'] == s))
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharex=True)
-    for i, strategy in enumerate(strategies):
-        mine = sorted((row for row in rows if row['strategy'] == strategy), key=lambda row: row['progress'])
-        x, color = [row['progress'] for row in mine], plt.cm.viridis(i / max(1, len(strategies) - 1))
-        columns = (
-            ([row['bias2'] / row['norm2'] for row in mine], [row['bias2_sem'] / row['norm2'] for row in mine]),
-            ([row['cost'] * row['variance'] / row['norm2'] for row in mine], [row['cost'] * row['variance_sem'] / row['norm2'] for row in mine]),
-            ([cost_adjusted_mse(row['bias2'], row['variance'], row['cost']) / row['norm2'] for row in mine],
-             [math.hypot(row['bias2_sem'], row['cost'] * row['variance_sem']) / row['norm2'] for row in mine]))
-        for axis, (y, error) in zip(axes, columns):
-            axis.errorbar(x, y, error, marker='o', capsize=2, color=color, label=f'{strategy} (cost {mine[0]["cost"]:.2f})')
-    for axis, title in zip(axes, ('squared bias', 'cost-adjusted variance', 'CA-MSE')):
-        axis.set(title=title, xlabel='progress', yscale='symlog' if title == 'squared bias' else 'log')
-    axes[0].set_ylabel('fraction of the squared norm of the true gradient')
-    axes[2].legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
+    """Squared bias, cost-adjusted variance and CA-MSE per strategy over progress, as fractions of the true gradient's
+    squared norm; a row of panels for each metric in the file."""
+    metrics = list(dict.fromkeys(row['metric'] for row in read(paths[0])))
+    figure, grid = plt.subplots(len(metrics), 3, figsize=(13, 4 * len(metrics)), sharex=True, squeeze=False)
+    for axes, metric in zip(grid, metrics):
+        rows = load_table(paths[0], metric)
+        noise = sorted({row['progress'] for row in rows if row['norm2'] <= row['norm2_sem']})
+        if noise:
+            print(f'left out, the true gradient is lost in noise: {metric}, progress {noise}')
+        rows = [row for row in rows if row['progress'] not in noise]
+        strategies = sorted({row['strategy'] for row in rows}, key=lambda s: -next(r['cost'] for r in rows if r['strategy'] == s))
+        for i, strategy in enumerate(strategies):
+            mine = sorted((row for row in rows if row['strategy'] == strategy), key=lambda row: row['progress'])
+            x, color = [row['progress'] for row in mine], plt.cm.viridis(i / max(1, len(strategies) - 1))
+            columns = (
+                ([row['bias2'] / row['norm2'] for row in mine], [row['bias2_sem'] / row['norm2'] for row in mine]),
+                ([row['cost'] * row['variance'] / row['norm2'] for row in mine], [row['cost'] * row['variance_sem'] / row['norm2'] for row in mine]),
+                ([cost_adjusted_mse(row['bias2'], row['variance'], row['cost']) / row['norm2'] for row in mine],
+                 [math.hypot(row['bias2_sem'], row['cost'] * row['variance_sem']) / row['norm2'] for row in mine]))
+            for axis, (y, error) in zip(axes, columns):
+                axis.errorbar(x, y, error, marker='o', capsize=2, color=color, label=f'{strategy} (cost {mine[0]["cost"]:.2f})')
+        for axis, title in zip(axes, ('squared bias', 'cost-adjusted variance', 'CA-MSE')):
+            axis.set(title=f'{title}, {metric} metric', yscale='symlog' if title == 'squared bias' else 'log')
+        axes[0].set_ylabel('fraction of the squared norm\nof the true gradient')
+        axes[2].legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
+    for axis in grid[-1]:
+        axis.set_xlabel('progress')
     return figure
 
 
