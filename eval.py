@@ -85,11 +85,13 @@ def find_encoder(saved):
                 found = {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
                 found = {key: value for key, value in found.items() if key.split('.')[0] not in ('head', 'head_dist')}
                 return f'{container or "tensors"}: {prefix}*', found, len(tensors) - len(found)
+    if 'method' in saved:
+        raise ValueError('this is the checkpoint of a run; take the backbone.pt beside it')
     keys = [str(key) for key in next((saved[k] for k in ('state_dict', 'model') if isinstance(saved.get(k), dict)), saved)]
     raise ValueError(f'no ViT in the file: no patch_embed.proj.weight among the {len(keys)} keys {", ".join(keys[:3])} ...')
 
 
-def sizes_of(tensors, num_heads=None, moco=False):
+def sizes_of(tensors, num_heads=None, layout=''):
     """Arguments of the ViT that the tensors belong to. The number of heads leaves no trace in their shapes."""
     if tensors['patch_embed.proj.weight'].ndim != 4:
         raise ValueError(f'patch_embed.proj.weight has {tensors["patch_embed.proj.weight"].ndim} dimensions, not the 4 of a patch projection')
@@ -101,8 +103,12 @@ def sizes_of(tensors, num_heads=None, moco=False):
                          f'weights are of another architecture')
     blocks = [int(match[1]) for key in tensors if (match := re.match(r'blocks\.(\d+)\.', key))]
     hidden = tensors.get('blocks.0.mlp.fc1.bias', torch.zeros(4 * embed_dim)).numel()
-    fixed = embed_dim % 4 == 0 and torch.allclose(pos[0, 1:].float(), sincos_table(grid, grid, embed_dim)[0], atol=1e-5)
-    heads = num_heads or (12 if moco and embed_dim == 384 else max(1, embed_dim // 64))  # MoCo-v3's ViT-S, vits.py
+    rounding = 1e-5 if pos.dtype == torch.float32 else 5e-3
+    fixed = embed_dim % 4 == 0 and torch.allclose(pos[0, 1:].float(), sincos_table(grid, grid, embed_dim)[0], atol=rounding)
+    wide = {1280: 16, 1408: 16, 1664: 16}                                      # ViT-H, g, G; else 64 wide
+    if fixed and layout.startswith('state_dict: module.'):
+        wide[384] = 12                                                         # MoCo-v3's ViT-S, vits.py
+    heads = num_heads or wide.get(embed_dim, max(1, embed_dim // 64))
     return dict(img_size=grid * patch_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim,
                 depth=1 + max(blocks, default=-1), num_heads=heads, mlp_ratio=hidden / embed_dim,
                 pos_embed='sincos' if fixed else 'learned')
@@ -116,10 +122,10 @@ def load_backbone(path, num_heads=None, trust=False, say=lambda *_: None):
     saved = read_file(path, trust)
     try:
         layout, tensors, others = find_encoder(saved)
-        known = isinstance(saved.get('sizes'), dict)
+        known = isinstance(saved.get('sizes'), dict) and {'mean', 'std'} <= saved.keys()
         if known and num_heads not in (None, saved['sizes'].get('num_heads')):
             raise ValueError(f'--num-heads {num_heads}: the file says {saved["sizes"]["num_heads"]}, leave the flag out')
-        sizes = saved['sizes'] if known else sizes_of(tensors, num_heads, 'base_encoder' in layout)
+        sizes = saved['sizes'] if known else sizes_of(tensors, num_heads, layout)
         try:
             encoder = ViT(**sizes)
         except TypeError as error:
@@ -181,7 +187,7 @@ def hold_out(data):
     """The data set with a random tenth of its labelled training images for test images, always the same."""
     ids = data.labelled_ids('train')
     order = ids[torch.randperm(len(ids), generator=datasets.keyed_generator('held-out images'))]
-    held, kept = (part.sort().values for part in order.split([len(ids) // 10, len(ids) - len(ids) // 10]))
+    held, kept = (part.sort().values for part in order.tensor_split([math.ceil(len(ids) / 10)]))
     part = restrict(data, 'train', kept)
     if isinstance(data, datasets.FolderImages):
         part.test_paths, part.test_labels, part.queries = data.paths, data.labels, held
@@ -191,10 +197,10 @@ def hold_out(data):
 
 
 def split_features(encoder, data, split, limit, img_size, device, patch_size=None, workers=0, mean=None, std=None,
-                   crop=None, shard=False, progress=False):
+                   crop=None, shard=False, progress=False, seed=0):
     """Features (n d) and labels (n) of at most `limit` labelled images of a split, by their center view.
 
-    crop: instead of it, this number's random crop of each training image, in the same order. shard: every process
+    crop: instead of it, this number's random crop (of this seed) of each training image, in the same order. shard: every process
     of the group takes its part of the images, and all get all features.
     """
     ids = datasets.spread(data.labelled_ids(split), limit)
@@ -205,7 +211,7 @@ def split_features(encoder, data, split, limit, img_size, device, patch_size=Non
         batches = restrict(data, split, ids).labelled(split, None, img_size, workers)
     else:
         view = datasets.View()  # RandomResizedCrop (0.08, 1), bilinear
-        batches = crop_batches(data, ids.split(BLOCK), crop, view, img_size, 'probe', device, workers)
+        batches = crop_batches(data, ids.split(BLOCK), crop, view, img_size, f'probe {seed}', device, workers)
     batches = tqdm(batches, desc=f'features, {split}', unit=' batches', disable=not progress, leave=False)
     parts = [extract_features(encoder, batches, mean or data.mean, std or data.std, device, patch_size)] if len(ids) else []
     if shard:
@@ -227,7 +233,7 @@ def crop_batches(data, parts, epoch, view, side, seed, device, workers=0, augmen
             generator = datasets.keyed_generator(seed, epoch, int(part[0]))
             images = datasets.random_crop(data.images[part].to(device), view, side, generator)
             if augment:
-                images = torch.stack([augment(image) for image in images])
+                images = torch.stack([augmented(image, augment, seed, epoch, int(i)) for image, i in zip(images, part)])
             yield images, data.labels[part].to(device)
     else:
         crops_of = partial(augmented_crop, view=view, side=side, seed=seed, augment=augment)
@@ -240,7 +246,14 @@ def crop_batches(data, parts, epoch, view, side, seed, device, workers=0, augmen
 
 def augmented_crop(image, key, view, side, seed, augment):
     crops = datasets.pil_crops(image, key, [view], [side], seed)
-    return [augment(crop) for crop in crops] if augment else crops
+    return [augmented(crop, augment, seed, *key) for crop in crops] if augment else crops
+
+
+def augmented(image, augment, *key):
+    """torchvision's transforms draw from the global generator; here from one of this image and epoch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(datasets.keyed_generator('augment', *key).initial_seed())
+        return augment(image)
 
 
 # ---------------------------------------------------------------- nearest neighbours
@@ -273,6 +286,13 @@ def percent(predicted, labels):
     return 100 * (predicted == labels).sum().item() / len(labels)
 
 
+def classes_of(logits):
+    """The predicted classes, on the CPU; NaN would pass for class 0."""
+    if not logits.isfinite().all():
+        raise FloatingPointError('the classifier diverged, its outputs are not finite; lower the learning rate')
+    return logits.argmax(dim=1).cpu()
+
+
 def knn_accuracy(encoder, data, img_size, device, patch_size=None, ks=(1, 20), temperature=0.07, bank_limit=None,
                  query_limit=None, workers=0, mean=None, std=None, shard=False):
     """({k: percent correct}, bank size, number of queries) on the labelled test images of a data set.
@@ -288,8 +308,11 @@ def knn_accuracy(encoder, data, img_size, device, patch_size=None, ks=(1, 20), t
 def check_labels(data, limit=None, k=1):
     """Every protocol needs labels of at least two classes; k-NN needs k images."""
     ids = datasets.spread(data.labelled_ids('train'), limit)
-    if len(data.classes) < 2 or not len(ids) or not len(data.labelled_ids('test')):
-        raise ValueError('evaluation needs labelled training and test images: images in at least two first-level folders')
+    if len(data.classes) < 2 or not len(ids):
+        raise ValueError('evaluation needs labelled training images: in at least two first-level folders')
+    if not len(data.labelled_ids('test')):
+        raise ValueError('evaluation needs labelled test images: in first-level folders named as those of the training images; '
+                         'or score on a tenth of the training images by --validate')
     if len(data.labels[ids].unique()) < 2:
         raise ValueError(f'the {len(ids)} training images are all of one class; evaluation needs at least two classes')
     if k > len(ids):
@@ -298,7 +321,7 @@ def check_labels(data, limit=None, k=1):
 
 # ---------------------------------------------------------------- linear probe on cached features
 
-def fit_linear(x, y, classes, rates, epochs, batch_size, seed=0):
+def fit_linear(x, y, classes, rates, epochs, batch_size, seed=0, progress=False):
     """Linear classifiers (r c d) of features x (n d) with labels y (n), one per learning rate, trained in one pass.
 
     SGD with momentum 0.9, no weight decay, cosine to 0. All rates see the same batches; the loss is convex, so they
@@ -308,7 +331,7 @@ def fit_linear(x, y, classes, rates, epochs, batch_size, seed=0):
     weight = torch.zeros(len(rates), classes, x.shape[1], device=x.device)
     velocity = torch.zeros_like(weight)
     steps, step = epochs * math.ceil(len(x) / batch_size), 0
-    for epoch in range(epochs):
+    for epoch in tqdm(range(epochs), desc='linear', unit=' epochs', disable=not progress, leave=False):
         order = torch.randperm(len(x), generator=datasets.keyed_generator(seed, 'probe', epoch)).to(x.device)
         for part in order.split(batch_size):
             logits = torch.einsum('b d, r c d -> r b c', x[part], weight)
@@ -319,7 +342,7 @@ def fit_linear(x, y, classes, rates, epochs, batch_size, seed=0):
     return weight
 
 
-def linear_sweep(train, test, crops, classes, rates, epochs, batch_size, device, seed=0):
+def linear_sweep(train, test, crops, classes, rates, epochs, batch_size, device, seed=0, progress=False):
     """(percent correct on test, chosen rate, {rate: percent correct on the held-out tenth of the training images}).
 
     train, test: (features (n d), labels (n)) of center views; crops: list of (n d), more views of the same training
@@ -335,16 +358,16 @@ def linear_sweep(train, test, crops, classes, rates, epochs, batch_size, device,
 
     def fit(ids, rates):
         return fit_linear(normalized(views[:, ids]).flatten(0, 1), labels[ids].repeat(len(views)), classes, rates, epochs,
-                          batch_size, seed)
+                          batch_size, seed, progress)
 
     order = torch.randperm(len(labels), generator=datasets.keyed_generator(seed, 'held out')).to(device)
     held, kept = order.split([max(1, len(order) // 10), len(order) - max(1, len(order) // 10)])
     x = normalized(views[0, held])
-    scores = {rate: percent((x @ weight.T).argmax(dim=1), labels[held]) for rate, weight in zip(rates, fit(kept, rates))}
+    outputs = {rate: x @ weight.T for rate, weight in zip(rates, fit(kept, rates))}
+    scores = {rate: percent(classes_of(logits), labels[held].cpu()) if logits.isfinite().all() else 0.0 for rate, logits in outputs.items()}
     best = max(scores, key=scores.get)
     weight = fit(order, [best])[0]                                            # c d
-    predicted = (normalized(test[0]) @ weight.T).argmax(dim=1).cpu()
-    return percent(predicted, test[1]), best, scores
+    return percent(classes_of(normalized(test[0]) @ weight.T), test[1]), best, scores
 
 
 # ---------------------------------------------------------------- trained by gradient: MoCo-v3's probe, fine-tuning
@@ -495,12 +518,23 @@ def join_processes(device):
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
 
 
+def exit_with(line):
+    """Ends this process with a line about what went wrong. Until the processes have joined they all meet the same error,
+    and the first says it."""
+    rank = os.environ.get('RANK', '0')
+    if rank == '0':
+        sys.exit(line)
+    sys.exit(f'{line}  [process {rank}]' if dist.is_available() and dist.is_initialized() else 1)
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Formatter)
     g = parser.add_argument_group('weights')
     g.add_argument('--weights', required=True, help='backbone.pt of a run, or a checkpoint of timm, MoCo-v3 or DINO')
     g.add_argument('--num-heads', type=int, help='of foreign weights (default: 64 wide; 12 for the ViT-S of MoCo-v3)')
     g.add_argument('--trust-checkpoint', action='store_true', help='unpickle classes in the file, which can run any code')
+    g.add_argument('--mean', type=float, nargs='+', help="by channel, of foreign weights (default: ImageNet's; many of timm's: 0.5 0.5 0.5)")
+    g.add_argument('--std', type=float, nargs='+', help='the same')
     g.add_argument('--random-init', action='store_true', help='keep the sizes, draw new weights: the score of no training')
 
     g = parser.add_argument_group('data')
@@ -541,9 +575,13 @@ def parse_args():
     g.add_argument('--ema', type=float, default=0.0, help='decay of averaged weights, which are then scored; 0: none (DeiT: 0.99996)')
 
     g = parser.add_argument_group('run')
-    g.add_argument('--seed', type=int, default=0, help='of held-out images, crops, classifiers')
+    g.add_argument('--seed', type=int, default=0, help="of the sweep's held-out tenth, crops, classifiers (--validate's tenth is always the same)")
     g.add_argument('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'), help='auto: cuda if there, else mps, else cpu')
     return parser.parse_args()
+
+
+def numbers(values):
+    return ' '.join(f'{value:.3g}' for value in values)
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -608,7 +646,9 @@ def main():
     check_labels(data, args.limit, max(args.k) if 'knn' in args.protocol else 1)
     train_ids, queries = datasets.spread(data.labelled_ids('train'), args.limit), len(data.labelled_ids('test'))
     tested = 'held-out training images' if args.validate else 'test images'
-    classes, mean, std = len(data.classes), saved['mean'] or data.mean, saved['std'] or data.std
+    classes, mean, std = len(data.classes), args.mean or saved['mean'] or data.mean, args.std or saved['std'] or data.std
+    if not len(mean) == len(std) == data.channels or min(std) <= 0:
+        raise ValueError(f'--mean {mean} and --std {std} must be {data.channels} numbers each, those of --std above 0')
     img_size, patch_sizes = args.img_size or sizes['img_size'], list(dict.fromkeys(args.patch_size or [encoder.patch_size]))
     for patch_size in patch_sizes:
         encoder.grid(img_size, img_size, patch_size)  # refuses a patch size that does not fit, before any work
@@ -621,13 +661,20 @@ def main():
     probe_batch = min(args.probe_batch, len(train_ids)) // shares * shares
     if not recipe['batch_size'] or not probe_batch:
         raise ValueError(f'--batch-size, --probe-batch and the {len(train_ids)} images must be at least the {world} processes')
+    steps = recipe['epochs'] * (len(train_ids) // recipe['batch_size'])
+    if 'finetune' in args.protocol and args.ema and steps * (1 - args.ema) < 3:
+        raise ValueError(f'--ema {args.ema} averages over more steps than the {steps} of this run, and would score its first weights; '
+                         f'lower it to {max(0, 1 - 3 / steps):.4f} or less, or leave it out')
     regularized = dict(weight_decay=args.weight_decay, layer_decay=args.layer_decay, drop_path=args.drop_path,
                        smoothing=args.smoothing, ema_decay=args.ema)
     probe = dict(recipe=args.probe_recipe, epochs=args.probe_epochs or (90 if moco else 50), batch_size=probe_batch,
                  crops=args.probe_crops)
     rates = args.probe_rates or ([3.0] if moco else list(PROBE_RATES))
+    assumed = '' if saved['dataset'] or args.mean else ' (assumed, see --mean)'
     say(f'{dataset}: class token, {img_size} px, bank {len(train_ids)}, {queries} {tested}, {classes} classes, '
-        f'T {args.temperature}; {device}, {world} process(es)')
+        f'T {args.temperature}; mean {numbers(mean)}, std {numbers(std)}{assumed}; {device}, {world} process(es)')
+    if isinstance(data, datasets.FolderImages) and (others := len(data.queries) - queries):
+        say(f'left out: {others} test images in no folder with the name of a class')
     if 'finetune' in args.protocol:
         say('fine-tuning: ' + ', '.join(f'{key} {value}' for key, value in recipe.items())
             + ('; grey images: no colour operation in RandAugment' if data.channels == 1 and recipe['randaugment'] else ''))
@@ -660,23 +707,24 @@ def main():
 
         def features(split, crop=None, network=encoder):
             limit = args.limit if split == 'train' else None
-            return split_features(network, data, split, limit, img_size, patch_size=patch_size, crop=crop, **where)
+            return split_features(network, data, split, limit, img_size, patch_size=patch_size, crop=crop, seed=args.seed, **where)
 
         def trained_score(model):
             """Percent correct of a Classifier on the test images."""
             inputs, labels = features('test', network=model.encoder)
             with torch.no_grad():
-                return percent(model.head(inputs.to(device)).argmax(dim=1).cpu(), labels)
+                return percent(classes_of(model.head(inputs.to(device))), labels)
 
         start = time.perf_counter()
         if {'nn', 'knn'} & set(args.protocol) or ('linear' in args.protocol and not moco):
             train, test = features('train'), features('test')
-            say(f'  patch size {patch_size}, {tokens} tokens: features in {time.perf_counter() - start:.1f} s')
+            extraction = time.perf_counter() - start
+            say(f'  patch size {patch_size}, {tokens} tokens: features in {extraction:.1f} s')
         for k in dict.fromkeys([1] * ('nn' in args.protocol) + args.k * ('knn' in args.protocol)):
             start = time.perf_counter()
             score = knn_scores(train, test, classes, [k], args.temperature, device, args.half_bank)[k]
             report('NN' if k == 1 else f'{k}-NN', score, start, protocol='nn' if k == 1 else 'knn', k=k,
-                   temperature=args.temperature, half_bank=args.half_bank)
+                   temperature=args.temperature, half_bank=args.half_bank, feature_seconds=extraction)
         if 'linear' in args.protocol:
             start, before = time.perf_counter(), {key: value.clone() for key, value in encoder.state_dict().items()}
             if moco:
@@ -686,15 +734,15 @@ def main():
             else:
                 crops = [features('train', crop)[0] for crop in range(args.probe_crops)]
                 score, best, held_out = linear_sweep(train, test, crops, classes, rates, probe['epochs'], probe_batch, device,
-                                                     args.seed)
+                                                     args.seed, main_process)
                 say('  held-out tenth: ' + ', '.join(f'rate {rate:g} {value:.2f} %' for rate, value in held_out.items()))
                 if best in (min(rates), max(rates)) and len(rates) > 1:
                     say(f'  the best rate, {best:g}, is at the edge; widen --probe-rates')
-                found = dict(rate=best, held_out=held_out)
+                found = dict(rate=best, held_out=held_out, feature_seconds=extraction)
             after = encoder.state_dict()
             if not all(torch.equal(value, after[key]) for key, value in before.items()):
                 raise RuntimeError('the linear probe changed the backbone')
-            say('  the backbone is unchanged, bit for bit')
+            say(f'  {args.probe_recipe}, rate {found["rate"]:g} per 256, {probe["epochs"]} epochs, batch {probe_batch}; the backbone is unchanged, bit for bit')
             report('linear', score, start, protocol='linear', **probe, **found)
         if 'finetune' in args.protocol:
             start = time.perf_counter()
@@ -714,7 +762,7 @@ if __name__ == '__main__':
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f'eval.py: error: {error}' if os.environ.get('RANK', '0') == '0' else 1)  # the first process says it
+        exit_with(f'eval.py: error: {error}')
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()

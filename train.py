@@ -34,7 +34,7 @@ import data as datasets
 import losses
 import vit
 from compress import Compression, forward_flops, local_side, num_keep, sample_cost, training_flops
-from eval import Formatter, join_processes, knn_accuracy, pick_device, read_file
+from eval import Formatter, exit_with, join_processes, knn_accuracy, pick_device, read_file
 from gradstats import gradient_stats
 from schedule import Schedule, cosine, polynomial, ramp, solve, warmup
 
@@ -703,9 +703,7 @@ def main(argv=None):
         place = error.__traceback__
         while place.tb_next:
             place = place.tb_next
-        if os.environ.get('RANK', '0') != '0':
-            sys.exit(1)  # the first process says it
-        sys.exit(f'train.py: error: {error}  [{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}]')
+        exit_with(f'train.py: error: {error}  [{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}]')
     except KeyboardInterrupt:
         sys.exit('interrupted; --resume goes on from the last checkpoint')
     finally:

@@ -79,7 +79,7 @@ def branch(folder, source, point, seed, strategy, flags, threads):
     progress = state['units'] / state['args']['budget'] / 1e6
     state['stages'] = [(0.0, source), (progress, strategy)] if strategy != source else [(0.0, source)]
     state['points'] = [progress + ADAPT] if source == SOURCES[0] else []
-    state['args'].update(grid=strategy, probe_batches=16, metric=['euclidean'])
+    state['args'].update(grid=strategy, probe_batches=16, metric=['euclidean', 'adam'])
     train.save(state, run / 'checkpoint.pt')
     call('train.py', ['--resume', str(run), '--max-steps', str(state['step'] + steps_for(state, strategy, MORE))], threads)
     before = [r for r in read_lines(folder / 'gradstats.jsonl') if r['strategy'] == strategy and r['progress'] == point]
@@ -118,6 +118,8 @@ def run(args, flags):
     torch.set_num_threads(threads or torch.get_num_threads())
 
     def study(source, seed):
+        if {(source, point, seed, strategy) for point in POINTS for strategy in STRATEGIES} <= done:
+            return
         for folder, point in zip(prefix(source, seed, flags, threads), POINTS):
             for strategy in STRATEGIES:
                 if (source, point, seed, strategy) not in done:
@@ -162,7 +164,7 @@ def table():
             '| measured | metric | H | with 20-NN | with the loss | 20-NN of the choice, points below the best |', '|---|---|---|---|---|---|']
     for label, source, when in (('along p4', 'p4', 'before'), ('along p8', 'p8', 'before'), ('adapted', 'p4', 'adapted')):
         group = [branches for (s, _, _), branches in forks.items() if s == source]
-        for metric in ('euclidean', 'adam') if when == 'before' else ('euclidean',):
+        for metric in ('euclidean', 'adam'):
             for h in HORIZONS:
                 with_knn, with_loss, regret = [], [], []
                 for b in group:

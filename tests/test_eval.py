@@ -184,10 +184,19 @@ def test_finetuning_loss_falls(backbone, tiny_fashion, monkeypatch, capsys):
 
 def test_all_of_deits_augmentations_run(backbone, tiny_fashion, monkeypatch, capsys):
     run(monkeypatch, '--weights', backbone, '--data-root', tiny_fashion, '--protocol', 'finetune', '--epochs', 1, '--mixup', 0.8,
-        '--cutmix', 1, '--randaugment', 9, '--erasing', 0.25, '--ema', 0.9, '--layer-decay', 0.65, '--patch-size', 7, '--limit', 100)
+        '--cutmix', 1, '--randaugment', 9, '--erasing', 0.25, '--ema', 0.5, '--batch-size', 16, '--layer-decay', 0.65, '--patch-size', 7, '--limit', 100)
     line = lines_of(backbone)[0]
     assert line['bank'] == 100 and line['mixup'] == 0.8 and 1 < line['losses'][0] < 4
     assert 'grey images' in capsys.readouterr().out
+
+
+def test_augmentations_of_an_image_depend_on_seed_epoch_and_image_alone():
+    from torchvision.transforms import v2
+    image, augment = torch.randint(0, 255, (3, 16, 16), dtype=torch.uint8), v2.RandAugment(2, 27)
+    before = torch.random.get_rng_state()
+    draws = [evaluation.augmented(image, augment, *key) for key in ((0, 1, 2), (0, 1, 2), (0, 2, 2), (0, 1, 3), (1, 1, 2))]
+    assert torch.equal(torch.random.get_rng_state(), before) and torch.equal(draws[0], draws[1])
+    assert sum(torch.equal(draws[0], other) for other in draws[2:]) < 2
 
 
 def test_drop_path_leaves_out_whole_branches_and_only_in_training():
@@ -268,6 +277,10 @@ def test_heads_and_the_fixed_position_table(tmp_path):
     table = torch.cat([torch.zeros(1, 1, 384), sincos_table(4, 4, 384)], dim=1)
     moco = loaded(dict(state_dict=prefixed('module.base_encoder.', {**tensors, 'pos_embed': table})))
     assert moco.sizes['num_heads'] == 12 and moco.sizes['pos_embed'] == 'sincos' and not moco.pos_embed.requires_grad
+    half = {key: value.half() for key, value in {**tensors, 'pos_embed': table}.items()}
+    probed = loaded(dict(state_dict=prefixed('module.', half)))  # main_lincls.py
+    assert probed.sizes['num_heads'] == 12 and probed.sizes['pos_embed'] == 'sincos'
+    assert loaded(timm_vit(embed_dim=1280, num_heads=16).state_dict()).sizes['num_heads'] == 16  # ViT-H
 
 
 def test_round_trip_through_timm(backbone):
@@ -333,7 +346,8 @@ def test_several_processes_give_the_same_scores(backbone, tmp_path, monkeypatch)
     lines = lines_of(backbone)
     assert [line['protocol'] for line in lines] == ['nn', 'knn', 'linear', 'finetune'] * 2  # written by one process
     for shared, alone in zip(lines[:3], lines[4:7]):
-        assert {**shared, 'seconds': 0} == {**alone, 'seconds': 0}
+        clock = dict(seconds=0, feature_seconds=0)
+        assert {**shared, **clock} == {**alone, **clock}
     assert lines[0]['score'] > 12 and lines[3]['losses'][1] < lines[3]['losses'][0]
 
 
@@ -392,7 +406,22 @@ def test_held_out_images_take_the_place_of_the_test_images(backbone, tiny_fashio
     tree = data.load('folder', tmp_path / 'tree')  # 36 of them the bank
     part = evaluation.hold_out(tree)
     bank, queries = part.labelled_ids('train'), part.labelled_ids('test')
-    assert len(queries) == 3 and sorted([*bank.tolist(), *queries.tolist()]) == tree.bank.tolist()
+    assert len(queries) == 4 and sorted([*bank.tolist(), *queries.tolist()]) == tree.bank.tolist()
+
+
+def test_test_images_in_folders_of_other_names(tmp_path, monkeypatch, capsys):
+    from torchvision.utils import save_image
+    torch.save(timm_vit().state_dict(), tmp_path / 'w.pth')
+    for name in ('train/a', 'train/b', 'val/a', 'val/c'):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(3):
+            save_image(torch.rand(3, 32, 32), tmp_path / name / f'{i}.png')
+    flags = ('--weights', tmp_path / 'w.pth', '--dataset', 'folder', '--data-root', tmp_path, '--protocol', 'nn', '--workers', 0, '--mean', 0.5, 0.5, 0.5)
+    run(monkeypatch, *flags)
+    assert 'left out: 3 test images' in capsys.readouterr().out and lines_of(tmp_path / 'w.pth')[0]['mean'] == [0.5] * 3
+    (tmp_path / 'val' / 'a').rename(tmp_path / 'val' / 'd')
+    with pytest.raises(ValueError, match='labelled test images.*--validate'):
+        run(monkeypatch, *flags)
 
 
 def test_data_without_usable_labels(backbone, tiny_fashion, monkeypatch):
@@ -414,9 +443,14 @@ def test_bad_input(backbone, tiny_fashion, monkeypatch):
         run(monkeypatch, '--weights', backbone, '--dataset', 'shapes')
     for flags, match in ((('--limit', 10), 'k = 20 is more than the 10 images'), (('--half-bank', '--device', 'cpu'), 'for GPUs'),
                          (('--k', 0), '--k 0 must be above 0'), (('--drop-path', 1), '--drop-path 1.0 must be at least 0'),
-                         (('--num-heads', 4), 'the file says 2')):
-        with pytest.raises(ValueError, match=match):
+                         (('--num-heads', 4), 'the file says 2'), (('--mean', 0.5, 0.5), '1 numbers each'),
+                         (('--protocol', 'finetune', '--epochs', 1, '--ema', 0.99996), 'than the 5 of this run'),
+                         (('--protocol', 'linear', '--probe-rates', 1e38, '--probe-epochs', 2), 'diverged')):
+        with pytest.raises((ValueError, FloatingPointError), match=match):
             run(monkeypatch, '--weights', backbone, '--data-root', tiny_fashion, *flags)
+    torch.save(dict(method={}), backbone.with_name('checkpoint.pt'))
+    with pytest.raises(ValueError, match='take the backbone.pt beside it'):
+        load_backbone(backbone.with_name('checkpoint.pt'))
     torch.save(timm_vit().state_dict(), backbone.with_name('foreign.pth'))
     with pytest.raises(ValueError, match='add --dataset'):
         run(monkeypatch, '--weights', backbone.with_name('foreign.pth'))
