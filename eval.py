@@ -42,9 +42,9 @@ from compress import forward_flops
 from schedule import cosine, ramp
 from vit import ViT, sincos_table
 
-# Fine-tuning: (from 64 px on: DeiT's main.py; smaller images: ours, to finish on a laptop)
+# Fine-tuning: (from 64 px on: DeiT's main.py; smaller images: ours, to finish on a laptop, chosen by --validate)
 RECIPE = dict(epochs=(150, 5), batch_size=(1024, 64), lr=(5e-4, 1e-2), mixup=(0.8, 0.0), cutmix=(1.0, 0.0),
-              randaugment=(9, 0), erasing=(0.25, 0.0), crop_scale=(0.08, 0.6))
+              randaugment=(9, 0), erasing=(0.25, 0.0), crop_scale=(0.08, 0.9), smoothing=(0.1, 0.0), drop_path=(0.1, 0.0))
 PROBE_RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # per 256 images, for normalized features
 BLOCK = 500  # images per forward; processes share whole blocks, so any number of them rounds alike
 
@@ -448,7 +448,7 @@ def layer_groups(model, weight_decay, layer_decay):
 
 
 def finetune(encoder, classes, data, ids, patch_size, img_size, recipe, mean, std, device, weight_decay=0.05, layer_decay=1.0,
-             drop_path=0.1, smoothing=0.1, ema_decay=0.0, workers=0, seed=0, shard=False, progress=False):
+             ema_decay=0.0, workers=0, seed=0, shard=False, progress=False):
     """(classifier, mean loss of each epoch): a copy of the encoder, fine-tuned by DeiT's recipe as MoCo-v3 uses it.
 
     recipe: the numbers named in RECIPE. Everything trains, also a patch projection that was frozen, and the position
@@ -458,7 +458,7 @@ def finetune(encoder, classes, data, ids, patch_size, img_size, recipe, mean, st
     torch.manual_seed(seed)
     model = Classifier(copy.deepcopy(encoder).requires_grad_(True), classes, patch_size).to(device)
     for i, block in enumerate(model.encoder.blocks):
-        block.drop_path = drop_path * i / max(1, len(model.encoder.blocks) - 1)
+        block.drop_path = recipe['drop_path'] * i / max(1, len(model.encoder.blocks) - 1)
     optimizer = torch.optim.AdamW(layer_groups(model, weight_decay, layer_decay))
     epochs, peak = recipe['epochs'], recipe['lr'] * recipe['batch_size'] / 512
     warm = min(5, epochs / 10)
@@ -477,7 +477,7 @@ def finetune(encoder, classes, data, ids, patch_size, img_size, recipe, mean, st
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
     view = datasets.View(scale=(recipe['crop_scale'], 1.0), interpolation='bicubic')
     losses = train_classifier(model, optimizer, lr_at, data, ids, epochs, recipe['batch_size'], view, img_size, mean, std, device,
-                              workers, seed, smoothing=smoothing, augment=augment, mix=v2.RandomChoice(mixes) if mixes else None,
+                              workers, seed, smoothing=recipe['smoothing'], augment=augment, mix=v2.RandomChoice(mixes) if mixes else None,
                               erase=erase, ema=ema, shard=shard, progress=progress)
     return ema.module if ema else model, losses
 
@@ -565,13 +565,12 @@ def parse_args():
     for flag, text in (('epochs', 'passes over the training images'), ('batch-size', 'images per step, over all processes'),
                        ('lr', 'peak learning rate per 512 images'), ('mixup', 'alpha, 0: none'), ('cutmix', 'alpha, 0: none'),
                        ('randaugment', 'magnitude of 10, 0: none'), ('erasing', 'probability of random erasing'),
-                       ('crop-scale', 'smallest area of a random crop')):
+                       ('crop-scale', 'smallest area of a random crop'), ('smoothing', 'of the labels'),
+                       ('drop-path', 'of the last block, rising linearly from 0')):
         large, small = RECIPE[flag.replace('-', '_')]
         g.add_argument(f'--{flag}', type=type(large), help=f'{text} (default: {large}, {small})')
     g.add_argument('--weight-decay', type=float, default=0.05, help='not on biases, norms, class token, positions')
     g.add_argument('--layer-decay', type=float, default=1.0, help='factor on the learning rate from block to block downwards (MAE: 0.65)')
-    g.add_argument('--drop-path', type=float, default=0.1, help='of the last block, rising linearly from 0')
-    g.add_argument('--smoothing', type=float, default=0.1, help='of the labels')
     g.add_argument('--ema', type=float, default=0.0, help='decay of averaged weights, which are then scored; 0: none (DeiT: 0.99996)')
 
     g = parser.add_argument_group('run')
@@ -665,8 +664,7 @@ def main():
     if 'finetune' in args.protocol and args.ema and steps * (1 - args.ema) < 3:
         raise ValueError(f'--ema {args.ema} averages over more steps than the {steps} of this run, and would score its first weights; '
                          f'lower it to {max(0, 1 - 3 / steps):.4f} or less, or leave it out')
-    regularized = dict(weight_decay=args.weight_decay, layer_decay=args.layer_decay, drop_path=args.drop_path,
-                       smoothing=args.smoothing, ema_decay=args.ema)
+    regularized = dict(weight_decay=args.weight_decay, layer_decay=args.layer_decay, ema_decay=args.ema)
     probe = dict(recipe=args.probe_recipe, epochs=args.probe_epochs or (90 if moco else 50), batch_size=probe_batch,
                  crops=args.probe_crops)
     rates = args.probe_rates or ([3.0] if moco else list(PROBE_RATES))
