@@ -1,8 +1,8 @@
 """Pretrain a ViT with a compressed token sequence.
 
-    python train.py                                                  # rendered images, CPU, about 2 minutes
+    python train.py                                                  # rendered images, CPU, 2 to 3 minutes
     python train.py --dataset fashion_mnist --data-root data --download
-    python train.py --gradstats 0,0.25,0.5,0.75,1 --schedule none    # how wrong is each strategy's gradient, and when
+    python train.py --gradstats 0.05,0.5,1 --metric adam --schedule none  # how wrong is each strategy's gradient, and when
     torchrun --nproc_per_node 8 train.py --dataset folder --data-root imagenet --img-size 240 --patch-size 16 \\
         --arch vit_small --schedule p48@0,p30@0.3,p24@0.5,p20@0.7,p16@0.85 --budget 100 ...   (whole in the README)
 

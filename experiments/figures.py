@@ -64,7 +64,7 @@ def gradstats(paths):
     """Squared bias, cost-adjusted variance and CA-MSE per strategy over progress, as fractions of the true gradient's
     squared norm; a row of panels for each metric in the file."""
     metrics = list(dict.fromkeys(row['metric'] for row in read(paths[0])))
-    figure, grid = plt.subplots(len(metrics), 3, figsize=(13, 4 * len(metrics)), sharex=True, squeeze=False)
+    figure, grid = plt.subplots(len(metrics), 3, figsize=(14, 4 * len(metrics)), sharex=True, squeeze=False, layout='constrained')
     for axes, metric in zip(grid, metrics):
         rows = load_table(paths[0], metric)
         noise = sorted({row['progress'] for row in rows if row['norm2'] <= row['norm2_sem']})
