@@ -149,7 +149,7 @@ def replay(data, steps, world):
 
 @pytest.mark.parametrize('world', (1, 2))
 def test_dino_steps_equal_those_written_out_by_hand(run, tiny_fashion, tmp_path, world):
-    flags = ['--method', 'dino', '--schedule', 'none', '--budget', '0.0016', '--max-steps', '20', '--name', 'r']
+    flags = ['--method', 'dino', '--schedule', 'none', '--budget', '0.0016', '--max-steps', '20', '--lr', '1e-3', '--name', 'r']
     if world == 1:
         run(*flags)
     else:
