@@ -161,10 +161,11 @@ def table():
                     out.append(f'| {strategy} | {" | ".join(cells)} |')
                 out.append('')
     out += ["Spearman's rank correlation of predicted and real order (1: the same, 0: none), mean and standard deviation over seeds and points:", '',
-            '| measured | metric | H | with 20-NN | with the loss | 20-NN of the choice, points below the best |', '|---|---|---|---|---|---|']
+            '| measured | metric | H | states | with 20-NN | with the loss | 20-NN of the choice, points below the best |', '|---|---|---|---|---|---|---|']
     for label, source, when in (('along p4', 'p4', 'before'), ('along p8', 'p8', 'before'), ('adapted', 'p4', 'adapted')):
-        group = [branches for (s, _, _), branches in forks.items() if s == source]
         for metric in ('euclidean', 'adam'):
+            group = [branches for (s, _, _), branches in forks.items() if s == source
+                     and all(metric in [row['metric'] for row in line[when]] for line in branches.values())]
             for h in HORIZONS:
                 with_knn, with_loss, regret = [], [], []
                 for b in group:
@@ -173,7 +174,7 @@ def table():
                     with_knn.append(spearman(predicted, [-k for k in knn]))
                     with_loss.append(spearman(predicted, [b[s]['loss'] for s in STRATEGIES]))
                     regret.append(max(knn) - knn[predicted.index(min(predicted))])
-                out.append(f'| {label} | {metric} | {h} | {cell(with_knn)} | {cell(with_loss)} | {cell(regret)} |')
+                out.append(f'| {label} | {metric} | {h} | {len(group)} | {cell(with_knn)} | {cell(with_loss)} | {cell(regret)} |')
     text = '\n'.join(out) + '\n'
     print(text)
     (RESULTS / 'predict.md').write_text('`python experiments/predict.py table`, from predict.jsonl\n\n' + text)
