@@ -259,7 +259,7 @@ def augmented(image, augment, *key):
 # ---------------------------------------------------------------- nearest neighbours
 
 @torch.no_grad()
-def knn_predict(queries, bank, bank_labels, classes, k=20, temperature=0.07, chunk=BLOCK, half=False):
+def knn_predict(queries, bank, bank_labels, classes, k=20, temperature=0.07, chunk=BLOCK, half=False, progress=False):
     """Predicted class (n) of queries (n d) by weighted vote of the k nearest of bank (m d), m >= k.
 
     k = 1 is the plain nearest neighbour. But for rounding, only the memory depends on `chunk`. half: the bank
@@ -268,7 +268,8 @@ def knn_predict(queries, bank, bank_labels, classes, k=20, temperature=0.07, chu
     dtype = torch.float16 if half else queries.dtype
     bank, bank_labels = F.normalize(bank, dim=1).to(queries.device, dtype), bank_labels.to(queries.device)
     predictions = []
-    for part in F.normalize(queries, dim=1).to(dtype).split(chunk):
+    parts = F.normalize(queries, dim=1).to(dtype).split(chunk)
+    for part in tqdm(parts, desc=f'{k}-NN', unit=' batches', disable=not progress, leave=False):
         similarity, nearest = (part @ bank.T).topk(k, dim=1)                    # chunk k
         votes = torch.zeros(len(part), classes, device=part.device)
         votes.scatter_add_(1, bank_labels[nearest], ((similarity - similarity[:, :1]).float() / temperature).exp())  # no overflow
@@ -276,10 +277,10 @@ def knn_predict(queries, bank, bank_labels, classes, k=20, temperature=0.07, chu
     return torch.cat(predictions)
 
 
-def knn_scores(bank, query, classes, ks, temperature, device='cpu', half=False):
+def knn_scores(bank, query, classes, ks, temperature, device='cpu', half=False, progress=False):
     """{k: percent correct}. bank, query: (features, labels)."""
     queries = query[0].to(device)
-    return {k: percent(knn_predict(queries, *bank, classes, k, temperature, half=half).cpu(), query[1]) for k in ks}
+    return {k: percent(knn_predict(queries, *bank, classes, k, temperature, half=half, progress=progress).cpu(), query[1]) for k in ks}
 
 
 def percent(predicted, labels):
@@ -720,7 +721,7 @@ def main():
             say(f'  patch size {patch_size}, {tokens} tokens: features in {extraction:.1f} s')
         for k in dict.fromkeys([1] * ('nn' in args.protocol) + args.k * ('knn' in args.protocol)):
             start = time.perf_counter()
-            score = knn_scores(train, test, classes, [k], args.temperature, device, args.half_bank)[k]
+            score = knn_scores(train, test, classes, [k], args.temperature, device, args.half_bank, main_process)[k]
             report('NN' if k == 1 else f'{k}-NN', score, start, protocol='nn' if k == 1 else 'knn', k=k,
                    temperature=args.temperature, half_bank=args.half_bank, feature_seconds=extraction)
         if 'linear' in args.protocol:
