@@ -129,7 +129,8 @@ def schedule(paths):
     for i, name in enumerate(names):
         if i == 0 or name != names[i - 1]:
             axis.annotate(name, (units[i], steps[i]['tokens']), xytext=(4, 4), textcoords='offset points', color='C0')
-    axis.set(xlabel='spent budget (thousands of units)', ylabel='tokens of the branch with gradient', ylim=(0, None))
+    axis.set(xlabel='spent budget (thousands of units)', ylabel='tokens of the branch with gradient',
+             ylim=(0, 1.15 * max(line['tokens'] for line in steps)))
     right = axis.twinx()
     right.plot([line['units'] / 1e3 for line in scores], [line['knn'] for line in scores], 'o--', color='C1')
     right.set_ylabel('20-NN accuracy, uncompressed (%)', color='C1')
