@@ -362,10 +362,10 @@ def linear_sweep(train, test, crops, classes, rates, epochs, batch_size, device,
                           batch_size, seed, progress)
 
     order = torch.randperm(len(labels), generator=datasets.keyed_generator(seed, 'held out')).to(device)
-    held, kept = order.split([max(1, len(order) // 10), len(order) - max(1, len(order) // 10)])
+    held, kept = order.tensor_split([max(1, len(order) // 10)])
     x = normalized(views[0, held])
     outputs = {rate: x @ weight.T for rate, weight in zip(rates, fit(kept, rates))}
-    scores = {rate: percent(classes_of(logits), labels[held].cpu()) if logits.isfinite().all() else 0.0 for rate, logits in outputs.items()}
+    scores = {rate: percent(logits.argmax(dim=1), labels[held]) if logits.isfinite().all() else 0.0 for rate, logits in outputs.items()}
     best = max(scores, key=scores.get)
     weight = fit(order, [best])[0]                                            # c d
     return percent(classes_of(normalized(test[0]) @ weight.T), test[1]), best, scores
@@ -532,7 +532,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Formatter)
     g = parser.add_argument_group('weights')
     g.add_argument('--weights', required=True, help='backbone.pt of a run, or a checkpoint of timm, MoCo-v3 or DINO')
-    g.add_argument('--num-heads', type=int, help='of foreign weights (default: 64 wide; 12 for the ViT-S of MoCo-v3)')
+    g.add_argument('--num-heads', type=int, help='of foreign weights (default: 64 wide; 16 for ViT-H, g, G; 12 for the ViT-S of MoCo-v3)')
     g.add_argument('--trust-checkpoint', action='store_true', help='unpickle classes in the file, which can run any code')
     g.add_argument('--mean', type=float, nargs='+', help="by channel, of foreign weights (default: ImageNet's; many of timm's: 0.5 0.5 0.5)")
     g.add_argument('--std', type=float, nargs='+', help='the same')
