@@ -4,7 +4,8 @@ A view is a random crop, colour changes, blur and solarization, each drawn per i
 parameters of b images are drawn at once and applied by a few tensor operations on the device of the images, so
 that the views do not eat what a compressed step saves. Crop, resize and flip are two small matrices per image,
     view = rows image cols^T,         rows (b s h), cols (b s w): antialiased filter weights (as PIL has them)
-brightness, contrast and saturation are one blend with per-image coefficients, blur is two matrices again.
+brightness, contrast and saturation are one blend with per-image coefficients, blur is two matrices again. In between,
+images are planes (c b s s), channels first, so that red of the whole batch is one piece of memory.
 
 Recipes: MoCo-v3 (= BYOL), SimCLR, DINO (multi-crop), each with a variant for small images without blur.
 Data sets: fashion_mnist cifar10 cifar100 stl10 (torchvision), folder (any tree of images), and shapes, which
@@ -113,30 +114,34 @@ def filter_matrix(start, length, size_in, size_out, interpolation, flip=None):
     x = (pixels[:, None] - centers[:, :, None]).abs_()                         # b out in
     if interpolation == 'bilinear':
         weights = x.sub_(1).clamp_(max=0)                                      # -(1 - x); the sign leaves with the sum
-    else:  # bicubic, a = -0.5; beyond 2 it is 0
-        x.clamp_(max=2)
-        near, far = ((1.5 * x - 2.5) * x * x).add_(1), (((-0.5 * x + 2.5) * x - 4) * x).add_(2)
-        weights = far.lerp_(near, torch.lt(x, 1, out=x))
+    else:  # bicubic with a = -0.5, times -2: t (t - 1)^2 where t = x - 1 > 0, less 2 t^2 (2 t + 1) elsewhere; beyond 2 it is 0
+        t = x.clamp_(max=2).sub_(1)
+        near, rest = t.clamp(max=0), t - 1
+        weights = t.mul_(rest).mul_(rest).sub_(torch.add(near, 0.5, out=rest).mul_(near).mul_(near), alpha=4)
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
-def separable(images, rows, cols):
-    """rows image cols^T for every image and channel: (b c h w), (b s h), (b t w) -> (b c s t)."""
+def separable(images, rows, cols, out=None):
+    """rows image cols^T for every image and channel: (b c h w), (b s h), (b t w) -> planes (c b s t)."""
     b, c, h, w = images.shape
-    lines = rearrange(images, 'b c h w -> b h (c w)')                           # two products of b matrices, not b c
-    lines = rearrange(torch.bmm(rows, lines), 'b s (c w) -> b (s c) w', c=c)
-    return rearrange(torch.bmm(lines, cols.transpose(1, 2)), 'b (s c) t -> b c s t', c=c).contiguous()
+    lines = torch.bmm(images.reshape(b, c * h, w), cols.transpose(1, 2)).view(b, c, h, cols.shape[1])
+    out = lines.new_empty(c, b, rows.shape[1], cols.shape[1]) if out is None else out
+    for i in range(c):
+        torch.bmm(rows, lines[:, i], out=out[i])
+    return out
 
 
-def random_crop(images, view, side, generator):
-    """Random resized crop and flip with probability 1/2: uint8 (b c h w) -> float32 in [0, 1] (b c side side)."""
-    b, _, h, w = images.shape
-    top, left, height, width = crop_boxes(b, h, w, view.scale, generator, images.device)
-    flip = uniform(b, 0, 1, generator, images.device) < 0.5
-    rows = filter_matrix(top, height, h, side, view.interpolation) / 255
-    cols = filter_matrix(left, width, w, side, view.interpolation, flip)
-    crops = separable(images.float(), rows, cols)
-    return crops.clamp_(0, 1) if view.interpolation == 'bicubic' else crops  # bicubic overshoots
+def crop_matrices(b, h, w, view, side, generator, device):
+    """Random resized crops, flipped with probability 1/2, and [0, 255] -> [0, 1]: rows (b side h), cols (b side w)."""
+    top, left, height, width = crop_boxes(b, h, w, view.scale, generator, device)
+    flip = uniform(b, 0, 1, generator, device) < 0.5
+    return (filter_matrix(top, height, h, side, view.interpolation).div_(255),
+            filter_matrix(left, width, w, side, view.interpolation, flip))
+
+
+def random_crop(images, matrices, out=None):
+    """By `crop_matrices`: uint8 (b c h w) -> planes (c b s s) in [0, 1]."""
+    return separable(images.float(), *matrices, out).clamp_(0, 1)               # bicubic overshoots
 
 
 def resize(images, side):
@@ -149,64 +154,64 @@ def resize(images, side):
 
 # ---------------------------------------------------------------- colour
 
-def luminance(images):
-    """(b 3 h w) -> (b 1 h w)."""
-    r, g, b = images.split(1, dim=1)
+def luminance(planes):
+    """(c b h w) -> a new (b h w)."""
+    if len(planes) == 1:
+        return planes[0].clone()
+    r, g, b = planes
     return (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
-def shift_hue(images, shift):
-    """Turns the hue of RGB images (b 3 h w) by shift (b), in turns of the colour circle; exact in HSV."""
-    r, g, b = images.unbind(1)
+def turn_hue(planes, turns):
+    """Turns the hue of RGB planes (3 b h w), in place, by turns (b 1 1) of the colour circle; exact in HSV. Grey
+    planes (1 b h w) have none."""
+    if len(planes) == 1:
+        return
+    r, g, b = planes
     value, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
-    chroma = value - low
+    chroma = (value - low).clamp_(min=1e-8)                                     # grey: nothing to divide by
     is_r, is_g = (torch.eq(value, channel, out=torch.empty_like(value)) for channel in (r, g))  # 0 or 1
-    hue = (r - g).lerp_(b - r, is_g).lerp_(g - b, is_r).div_(chroma.clamp(min=1e-8))
+    hue = (r - g).lerp_(b - r, is_g).lerp_(g - b, is_r).div_(chroma)
     hue.add_(is_g.sub_(2).mul_(is_r.sub_(1)), alpha=2)                          # + 0, 2 or 4 sextants
-    hue.div_(6).add_(1 + shift[:, None, None]).frac_().mul_(6)
-    turned = torch.empty_like(images)
-    torch.sub(hue, 3, out=turned[:, 0]).abs_().sub_(1)
-    torch.sub(hue, 2, out=turned[:, 1]).abs_().neg_().add_(2)
-    torch.sub(hue, 4, out=turned[:, 2]).abs_().neg_().add_(2)
-    return turned.clamp_(0, 1).mul_(chroma[:, None]).add_(low[:, None])
+    hue.div_(6).add_(1 + turns).frac_().mul_(6)
+    for plane, sextant in zip(planes, (3, 2, 4)):
+        torch.sub(hue, sextant, out=plane)
+    way = planes.abs_().clamp_(1, 2)                                            # 1 to 2: low to value (r), value to low (g, b)
+    torch.addcmul(low.sub_(chroma), chroma, way[0], out=r)
+    torch.addcmul(value.add_(chroma), chroma, way[1:], value=-1, out=planes[1:])
+    planes.clamp_(0, 1)                                                         # rounding
 
 
-def color_jitter(images, view, generator):
-    """Brightness, contrast, saturation and hue in random order, each drawn per image, with probability jitter_p.
-
-    The first three are blends, f x + (1 - f) reference, with reference 0, the mean luminance and the luminance
-    of the pixel: one operation with per-image coefficients. Hue comes after 0, 1, 2 or 3 of the blends: these four
-    places are dealt out over the batch, a random quarter each (as evenly as b allows), so that a place is a slice.
-    Grey images have no saturation and no hue: these two are skipped.
-    """
-    b, c, _, _ = images.shape
-    device = images.device
+def draw_colors(b, view, generator, device):
+    """What `recolor` does to b images, each (... b 1 1): weights of three blends in a row, 1 where a blend is contrast,
+    1 where it is saturation (else it is brightness), turns of the hue, 1 where all colour goes."""
     applied = uniform(b, 0, 1, generator, device) < view.jitter_p
-    factors = torch.stack([uniform(b, max(0, 1 - s), 1 + s, generator, device) for s in view.jitter[:3]], dim=1)
-    hue = uniform(b, -view.jitter[3], view.jitter[3], generator, device) * applied
-    order = uniform((b, 3), 0, 1, generator, device).argsort(dim=1)             # 0 brightness 1 contrast 2 saturation
-    dealt = uniform(b, 0, 1, generator, device).argsort()
-    if c == 1:
-        factors[:, 2] = 1
-    weight = ((1 - factors.gather(1, order)) * applied[:, None])[..., None, None, None]  # b 3 1 1 1, by place
-    contrast, saturation = ((order == i).float()[..., None, None, None] for i in (1, 2))
+    factors = torch.stack([uniform(b, max(0, 1 - s), 1 + s, generator, device) for s in view.jitter[:3]])
+    turns = uniform(b, -view.jitter[3], view.jitter[3], generator, device) * applied
+    order = uniform((3, b), 0, 1, generator, device).argsort(dim=0)             # 0 brightness 1 contrast 2 saturation
+    weights = (1 - factors.gather(0, order)) * applied
+    gray = uniform(b, 0, 1, generator, device) < view.gray_p
+    return [drawn.float()[..., None, None] for drawn in (weights, order == 1, order == 2, turns, gray)]
 
-    def blend(place, part):
-        x = images[part]
-        gray = luminance(x) if c == 3 else x.clone()
-        mean = gray.mean(dim=(2, 3), keepdim=True)
-        reference = gray.mul_(saturation[part, place]).add_(contrast[part, place] * mean)
-        x.lerp_(reference.expand_as(x), weight[part, place]).clamp_(0, 1)
 
-    images = images.index_select(0, dealt)                                      # a copy; every draw above is as good for it
-    ends = [b * i // 4 if c == 3 else 0 for i in (1, 2, 3)]                      # hue first, second, third up to here
-    for place in range(3):
-        blend(place, slice(ends[place], None))
-    if c == 3:
-        images = shift_hue(images, hue)
-        for place in range(3):
-            blend(place, slice(ends[place]))
-    return images.index_select(0, dealt.argsort())
+def recolor(planes, hue_place, weights, contrast, saturation, turns, gray):
+    """Colour jitter and grayscale, in place, of planes (c b s s) in [0, 1], by the draws of `draw_colors`.
+
+    Jitter is brightness, contrast, saturation and hue in random order. The first three are blends,
+    f x + (1 - f) reference, with reference 0, the mean luminance and the luminance of the pixel: one operation with
+    per-image coefficients. Hue comes after hue_place of them, 0 to 3, for all images of the call. Grey images (c = 1)
+    have no saturation, hue and grayscale: these are skipped.
+    """
+    for place, (weight, is_contrast, is_saturation) in enumerate(zip(weights, contrast, saturation)):
+        if place == hue_place:
+            turn_hue(planes, turns)
+        light = luminance(planes)
+        mean = light.mean(dim=(1, 2), keepdim=True)
+        planes.lerp_(light.mul_(is_saturation).add_(is_contrast * mean), weight).clamp_(0, 1)
+    if hue_place == 3:
+        turn_hue(planes, turns)
+    if len(planes) == 3:
+        planes.lerp_(luminance(planes), gray)
 
 
 def blur_matrix(sigma, size):
@@ -217,35 +222,28 @@ def blur_matrix(sigma, size):
     return weights / weights.sum(dim=2, keepdim=True)
 
 
-def recolor(images, view, generator):
-    """Colour jitter and grayscale of float crops (b c s s) in [0, 1]."""
-    if view.jitter_p:
-        images = color_jitter(images, view, generator)
-    if view.gray_p and images.shape[1] == 3:
-        images = images.lerp(luminance(images).expand_as(images), chosen(images, view.gray_p, generator))
-    return images
+def finish(planes, view, generator):
+    """Blur and solarization, the last steps, of planes (c b s s)."""
+    _, b, side, _ = planes.shape
 
+    def chosen(probability):
+        return uniform(b, 0, 1, generator, planes.device)[:, None, None] < probability
 
-def finish(images, view, generator):
-    """Blur and solarization, the last steps."""
     if view.blur_p:
-        matrix = blur_matrix(uniform(len(images), 0.1, 2.0, generator, images.device), images.shape[3])
-        blurred = separable(images, matrix, matrix).clamp_(0, 1)                # rounding
-        images = images.lerp(blurred, chosen(images, view.blur_p, generator))
+        matrix = blur_matrix(uniform(b, 0.1, 2.0, generator, planes.device), side)
+        blurred = separable(rearrange(planes, 'c b h w -> b c h w'), matrix, matrix).clamp_(0, 1)  # rounding
+        planes = planes.lerp(blurred, chosen(view.blur_p).float())
     if view.solarize_p:
-        bright = torch.ge(images, 128 / 255, out=torch.empty_like(images))
-        images = images.lerp(1 - images, bright.mul_(chosen(images, view.solarize_p, generator)))
-    return images
-
-
-def chosen(images, probability, generator):
-    """(b 1 1 1): 1 with this probability, else 0."""
-    return (uniform(len(images), 0, 1, generator, images.device) < probability).float()[:, None, None, None]
+        threshold = torch.where(chosen(view.solarize_p), 128 / 255, 2.0)        # no pixel is as bright as 2
+        for plane in planes:
+            bright = torch.ge(plane, threshold, out=torch.empty_like(plane))
+            plane.lerp_(1 - plane, bright)
+    return planes
 
 
 def normalize(images, mean, std):
     """(images - mean) / std by channel."""
-    out = torch.empty_like(images)
+    out = torch.empty_like(images, memory_format=torch.contiguous_format)
     for i in range(images.shape[1]):
         torch.sub(images[:, i], mean[i], out=out[:, i]).div_(std[i])
     return out
@@ -256,24 +254,35 @@ def make_views(batch, views, sides, generator):
     or a folder's crops, one uint8 (b c s' s') per view. sides: the side of each view.
 
     Neighbouring views that differ in blur and solarization alone are one batch until then: fewer, larger operations.
-    On a CPU about 64 images at a time, so that what is in work stays in its cache.
+    It is dealt out at random over the four places that hue can have in the order of the colour changes, a quarter each
+    (as evenly as b allows), so that a place is a slice. On a CPU, parts of about 2^18 pixels stay in its cache.
     """
     kinds = [(replace(view, blur_p=0.0, solarize_p=0.0), side) for view, side in zip(views, sides)]
-    groups = [list(members) for _, members in itertools.groupby(range(len(views)), key=kinds.__getitem__)]
-    crops_given = not torch.is_tensor(batch)
-    b, device = (len(batch[0]), batch[0].device) if crops_given else (len(batch), batch.device)
-    parts = math.ceil(b / 64) if device.type == 'cpu' else 1
-    made = [[] for _ in views]
-    for part in (slice(b * i // parts, b * (i + 1) // parts) for i in range(parts)):
-        for members in groups:
-            kind, side = kinds[members[0]]
-            if crops_given:
-                crops = torch.cat([resize(batch[i][part], side) for i in members])
+    made = []
+    for (kind, side), members in itertools.groupby(range(len(views)), key=kinds.__getitem__):
+        members = list(members)
+        given = not torch.is_tensor(batch)                                      # crops
+        images = torch.cat([batch[i] for i in members]) if given else batch
+        b, device = len(batch[0]) if given else len(batch), images.device
+        n = b * len(members)
+        matrices = [] if given else crop_matrices(n, *images.shape[2:], kind, side, generator, device)
+        colors, dealt = draw_colors(n, kind, generator, device), uniform(n, 0, 1, generator, device).argsort()
+        done = torch.empty(images.shape[1], n, side, side, device=device)
+        parts = 4 * (math.ceil(n * side ** 2 / 2 ** 20) if device.type == 'cpu' else 1)
+        for i in range(parts):
+            part = slice(n * i // parts, n * (i + 1) // parts)
+            some, planes = images.index_select(0, dealt[part] % len(images)), done[:, part]
+            if given:
+                planes.copy_(rearrange(resize(some, side), 'b c h w -> c b h w'))
             else:
-                crops = random_crop(batch[part].repeat(len(members), 1, 1, 1), kind, side, generator)
-            for i, crop in zip(members, recolor(crops, kind, generator).chunk(len(members))):
-                made[i].append(finish(crop, views[i], generator))
-    return [torch.cat(view) for view in made]
+                random_crop(some, [matrix[part] for matrix in matrices], out=planes)
+            recolor(planes, 4 * i // parts, *(drawn[..., part, :, :] for drawn in colors))
+        for i, places in zip(members, dealt.argsort().split(b)):
+            planes = torch.empty_like(done[:, :b])
+            for plane, of_all in zip(planes, done):
+                torch.index_select(of_all, 0, places, out=plane)
+            made.append(rearrange(finish(planes, views[i], generator), 'c b h w -> b c h w'))
+    return made
 
 
 # ---------------------------------------------------------------- data sets
@@ -609,7 +618,7 @@ if __name__ == '__main__':
     five, twenty = torch.full((512,), 5.0), torch.full((512,), 20.0)
     for side in (12, 48):
         matrix = filter_matrix(five, twenty, 32, side, 'bilinear')
-        crop = separable(images / 255, matrix, matrix)
+        crop = separable(images / 255, matrix, matrix).transpose(0, 1)
         expected = F.interpolate(images[:, :, 5:25, 5:25] / 255, (side, side), mode='bilinear', antialias=True)
         error = (crop - expected).abs().max()
         print(f'crop 20 x 20 and resize to {side}, as two matrices: {error:.1e} from torch\'s antialiased resize')

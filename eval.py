@@ -231,7 +231,9 @@ def crop_batches(data, parts, epoch, view, side, seed, device, workers=0, augmen
     if isinstance(data, datasets.MemoryImages):
         for part in parts:
             generator = datasets.keyed_generator(seed, epoch, int(part[0]))
-            images = datasets.random_crop(data.images[part].to(device), view, side, generator)
+            images = data.images[part].to(device)
+            matrices = datasets.crop_matrices(len(part), *images.shape[2:], view, side, generator, device)
+            images = datasets.random_crop(images, matrices).transpose(0, 1)
             if augment:
                 images = torch.stack([augmented(image, augment, seed, epoch, int(i)) for image, i in zip(images, part)])
             yield images, data.labels[part].to(device)

@@ -9,17 +9,18 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 import data
-from data import (View, batch_keys, blur_matrix, color_jitter, crop_boxes, filter_matrix, finish, keyed_generator, load, luminance,
-                  make_views, random_crop, recipe, recolor, render_shapes, separable, shift_hue, spread)
+from data import (View, batch_keys, blur_matrix, crop_boxes, crop_matrices, draw_colors, filter_matrix, finish, keyed_generator, load,
+                  luminance, make_views, random_crop, recipe, recolor, render_shapes, separable, spread, turn_hue)
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def augment(images, view, generator):
-    """Everything after the crop."""
-    return finish(recolor(images, view, generator), view, generator)
+def recolored(images, view, generator, hue_place=1):
+    planes = images.transpose(0, 1).clone()
+    recolor(planes, hue_place, *draw_colors(len(images), view, generator, 'cpu'))
+    return planes.transpose(0, 1)
 
 
 # ---- crops
@@ -33,7 +34,7 @@ def test_crop_and_resize_equal_torchvision(side, interpolation):
     flip = torch.tensor([False, True] * 3)
     rows = filter_matrix(top, height, 40, side, interpolation)
     cols = filter_matrix(left, width, 30, side, interpolation, flip)
-    ours = separable(images, rows, cols)
+    ours = separable(images, rows, cols).transpose(0, 1)
     for i in range(6):
         theirs = TF.resized_crop(images[i], int(top[i]), int(left[i]), int(height[i]), int(width[i]), [side, side],
                                  T.InterpolationMode(interpolation), antialias=True)
@@ -61,7 +62,8 @@ def test_crop_boxes_fall_back_to_the_centre():
 
 def test_random_crop_flips_half():
     images = (torch.arange(32.0).expand(4000, 1, 32, 32) * 8).to(torch.uint8)
-    flipped = (random_crop(images, View(), 8, generator()).diff(dim=3).mean(dim=(1, 2, 3)) < 0).float().mean()
+    crops = random_crop(images, crop_matrices(4000, 32, 32, View(), 8, generator(), 'cpu'))
+    flipped = (crops[0].diff(dim=2).mean(dim=(1, 2)) < 0).float().mean()
     assert abs(flipped - 0.5) < 3 * 0.5 / 4000 ** 0.5
 
 
@@ -70,44 +72,77 @@ def test_random_crop_flips_half():
 def test_hue_and_luminance_equal_torchvision():
     images = torch.rand(5, 3, 7, 9)
     shift = torch.tensor([-0.5, -0.1, 0.0, 0.08, 0.5])
+    planes = images.transpose(0, 1).clone()
+    light = luminance(planes)
+    turn_hue(planes, shift[:, None, None])
     for i in range(5):
-        assert (shift_hue(images, shift)[i] - TF.adjust_hue(images[i], float(shift[i]))).abs().max() < 2e-6
-        assert (luminance(images)[i] - TF.rgb_to_grayscale(images[i])).abs().max() < 2e-4  # .2989 there
-    gray = torch.rand(1, 1, 4, 4).expand(1, 3, 4, 4)
-    assert torch.equal(shift_hue(gray, torch.tensor([0.3])), gray)
+        assert (planes[:, i] - TF.adjust_hue(images[i], float(shift[i]))).abs().max() < 2e-6
+        assert (light[i] - TF.rgb_to_grayscale(images[i])[0]).abs().max() < 2e-4  # .2989 there
+    gray = torch.cat([torch.rand(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)], 1).expand(3, 3, 4, 4)
+    planes = gray.clone()
+    turn_hue(planes, torch.full((3, 1, 1), 0.3))
+    assert (planes - gray).abs().max() < 1e-7
 
 
-def test_color_jitter_is_one_of_torchvisions_orders(monkeypatch):
-    """With the drawn factors made known, every image equals torchvision's four operations in one of 24 orders."""
-    import itertools
+def test_color_jitter_is_one_of_torchvisions_orders():
+    """With the draws in hand, every image equals torchvision's four operations in the drawn order, hue in each place."""
     images = torch.rand(48, 3, 6, 6)
-    drawn = []
-    original = data.uniform
-    monkeypatch.setattr(data, 'uniform', lambda *a: drawn.append(original(*a)) or drawn[-1])
-    out = color_jitter(images, View(jitter_p=1.0), generator())
-    _, *factors, hue, _, dealt = drawn
-    back = dealt.argsort().argsort()  # the draws are for the dealt order
-    factors, hue = torch.stack(factors, 1)[back], hue[back]
+    colors = weights, contrast, saturation, turns, gray = draw_colors(48, View(jitter_p=1.0, gray_p=0.3), generator(), 'cpu')
     seen = set()
-    for i in range(48):
-        operations = [lambda x, f=float(factors[i, 0]): TF.adjust_brightness(x, f), lambda x, f=float(factors[i, 1]): TF.adjust_contrast(x, f),
-                      lambda x, f=float(factors[i, 2]): TF.adjust_saturation(x, f), lambda x, f=float(hue[i]): TF.adjust_hue(x, f)]
-        errors = {}
-        for order in itertools.permutations(range(4)):
+    for hue_place in range(4):
+        planes = images.transpose(0, 1).clone()
+        recolor(planes, hue_place, *colors)
+        for i in range(48):
+            kinds = [1 if contrast[k, i] else 2 if saturation[k, i] else 0 for k in range(3)]
+            assert sorted(kinds) == [0, 1, 2]
+            steps = [((TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)[kind], 1 - float(weights[k, i])) for k, kind in enumerate(kinds)]
+            steps.insert(hue_place, (TF.adjust_hue, float(turns[i])))
             x = images[i]
-            for operation in order:
-                x = operations[operation](x)
-            errors[order] = (x - out[i]).abs().max().item()
-        best = min(errors, key=errors.get)
-        assert errors[best] < 1e-3
-        seen.add(best)
-    assert len(seen) > 12  # of 24 orders, 48 draws
+            for operation, amount in steps:
+                x = operation(x, amount)
+            x = TF.rgb_to_grayscale(x, 3) if gray[i] else x
+            assert (planes[:, i] - x).abs().max() < 1e-3
+            seen.add((*kinds, hue_place))
+    assert len(seen) == 24
+
+
+def test_color_draws_have_the_strengths_of_the_recipe():
+    n = 20_000
+    weights, contrast, saturation, turns, gray = draw_colors(n, View(jitter=(0.8, 0.4, 0.2, 0.1)), generator(), 'cpu')
+    for mask, strength in ((1 - contrast - saturation, 0.8), (contrast, 0.4), (saturation, 0.2)):
+        drawn = weights[mask.bool()]
+        assert len(drawn) == n and 0.99 * strength < drawn.max() <= strength and -strength <= drawn.min() < -0.99 * strength
+        assert abs(drawn.eq(0).float().mean() - 0.2) < 3 * (0.16 / n) ** 0.5
+        assert abs(mask.mean(dim=1) - 1 / 3).max() < 3 * (2 / 9 / n) ** 0.5      # equally often in each place
+    assert 0.099 < turns.max() <= 0.1 and -0.1 <= turns.min() < -0.099
+    assert torch.equal(turns.eq(0).flatten(), weights.eq(0).all(dim=0).flatten())  # all of the jitter or none
+    assert abs(gray.mean() - 0.2) < 3 * (0.16 / n) ** 0.5
+
+
+def test_hue_takes_each_place_equally_often(monkeypatch):
+    seen = []
+    original = data.recolor
+    monkeypatch.setattr(data, 'recolor', lambda planes, place, *a: seen.append((place, planes.shape[1])) or original(planes, place, *a))
+    made = make_views(torch.zeros(18, 3, 8, 8, dtype=torch.uint8), recipe('moco', small=True), [8, 8], generator())
+    assert len(made) == 2 and seen == [(0, 9), (1, 9), (2, 9), (3, 9)]
+    made = make_views(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), recipe('moco', small=True), [8, 8], generator())
+    assert [tuple(view.shape) for view in made] == [(1, 3, 8, 8)] * 2
+
+
+def test_views_are_of_their_own_image():
+    """Dealt out over the places of hue and put back: view i shows image i, in memory and in folders."""
+    images = torch.arange(40).mul(6).to(torch.uint8)[:, None, None, None].expand(40, 3, 16, 16).contiguous()
+    quiet = View(jitter_p=0, gray_p=0)
+    for batch in (images, [images, images, images[:, :, :8, :8]]):
+        for view in make_views(batch, [quiet, View(jitter_p=0, gray_p=0, interpolation='bicubic'), quiet], [16, 12, 8], generator()):
+            assert (view - images[:, :, :1, :1] / 255).abs().max() < 1e-5
 
 
 def test_grey_images_keep_one_channel():
     images = torch.rand(64, 1, 8, 8)
-    out = augment(images, View(), generator())
+    out = recolored(images, View(), generator())
     assert out.shape == images.shape and not torch.equal(out, images)
+    assert torch.equal(recolored(images, View(jitter=(0, 0, 0.4, 0.1)), generator()), images)  # no saturation, no hue, no grayscale
 
 
 @pytest.mark.parametrize('sigma', (0.3, 1.0, 2.0))
@@ -115,7 +150,7 @@ def test_blur_equals_torchvision_inside(sigma):
     images = torch.rand(2, 3, 32, 32)
     matrix = blur_matrix(torch.full((2,), sigma), 32)
     theirs = TF.gaussian_blur(images, 21, sigma)
-    assert (separable(images, matrix, matrix) - theirs)[:, :, 10:-10, 10:-10].abs().max() < 2e-6
+    assert (separable(images, matrix, matrix).transpose(0, 1) - theirs)[:, :, 10:-10, 10:-10].abs().max() < 2e-6
 
 
 # ---- recipes
@@ -146,8 +181,11 @@ def test_frequencies_of_each_operation():
     images = torch.rand(n, 3, 8, 8, generator=generator(1))
     quiet = View(jitter_p=0, gray_p=0)
 
-    def frequency(view, same=lambda x: x):
-        out = augment(images, view, generator(2))
+    def frequency(view):
+        if view.blur_p or view.solarize_p:
+            out = finish(images.transpose(0, 1).clone(), view, generator(2)).transpose(0, 1)
+        else:
+            out = recolored(images, view, generator(2))
         least = 0 if view.blur_p else 1e-5  # turning the hue by 0 rounds
         return (out - images).abs().amax(dim=(1, 2, 3)).gt(least).float().mean().item()
 
@@ -157,7 +195,7 @@ def test_frequencies_of_each_operation():
             p *= 0.975  # a sigma under about 0.15 changes no float32 pixel: exp(-1 / (2 sigma^2)) is below its rounding
         assert abs(frequency(replace(quiet, **{field: round(p, 1)})) - p) < 3 * math.sqrt(p * (1 - p) / n) + 5e-3, field
     bright = torch.rand(100, 3, 4, 4)
-    solarized = augment(bright, replace(quiet, solarize_p=1.0), generator())
+    solarized = finish(bright.clone(), replace(quiet, solarize_p=1.0), generator())  # of planes: whichever comes first
     assert torch.equal(solarized, torch.where(bright >= 128 / 255, 1 - bright, bright))
 
 
