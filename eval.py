@@ -196,6 +196,22 @@ def hold_out(data):
     return part
 
 
+def share_of(n, shard):
+    """The slice of n images that is this process's part of the group; in whole blocks, which are then the same as
+    those of one process, and so are the results."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if shard else (0, 1)
+    blocks = math.ceil(n / BLOCK)
+    return slice(BLOCK * (blocks * rank // world), BLOCK * (blocks * (rank + 1) // world))
+
+
+def from_all(value, shard):
+    """The values of all processes of the group, in order."""
+    values = [value] * (dist.get_world_size() if shard else 1)
+    if shard:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def split_features(encoder, data, split, limit, img_size, device, patch_size=None, workers=0, mean=None, std=None,
                    crop=None, shard=False, progress=False, seed=0):
     """Features (n d) and labels (n) of at most `limit` labelled images of a split, by their center view.
@@ -204,9 +220,7 @@ def split_features(encoder, data, split, limit, img_size, device, patch_size=Non
     of the group takes its part of the images, and all get all features.
     """
     ids = datasets.spread(data.labelled_ids(split), limit)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if shard else (0, 1)
-    blocks = math.ceil(len(ids) / BLOCK)
-    ids = ids[BLOCK * (blocks * rank // world):BLOCK * (blocks * (rank + 1) // world)]
+    ids = ids[share_of(len(ids), shard)]
     if crop is None:
         batches = restrict(data, split, ids).labelled(split, None, img_size, workers)
     else:
@@ -214,11 +228,7 @@ def split_features(encoder, data, split, limit, img_size, device, patch_size=Non
         batches = crop_batches(data, ids.split(BLOCK), crop, view, img_size, f'probe {seed}', device, workers)
     batches = tqdm(batches, desc=f'features, {split}', unit=' batches', disable=not progress, leave=False)
     parts = [extract_features(encoder, batches, mean or data.mean, std or data.std, device, patch_size)] if len(ids) else []
-    if shard:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, parts)
-        parts = sum(gathered, [])
-    features, labels = zip(*parts)
+    features, labels = zip(*sum(from_all(parts, shard), []))
     return torch.cat(features), torch.cat([part.cpu() for part in labels])
 
 
@@ -279,10 +289,15 @@ def knn_predict(queries, bank, bank_labels, classes, k=20, temperature=0.07, chu
     return torch.cat(predictions)
 
 
-def knn_scores(bank, query, classes, ks, temperature, device='cpu', half=False, progress=False):
-    """{k: percent correct}. bank, query: (features, labels)."""
-    queries = query[0].to(device)
-    return {k: percent(knn_predict(queries, *bank, classes, k, temperature, half=half, progress=progress).cpu(), query[1]) for k in ks}
+def knn_scores(bank, query, classes, ks, temperature, device='cpu', half=False, shard=False, progress=False):
+    """{k: percent correct}. bank, query: (features, labels), the same in all processes if they share the queries."""
+    mine = share_of(len(query[1]), shard)
+    queries, labels = query[0][mine].to(device), query[1][mine]
+    scores = {}
+    for k in ks:
+        predicted = knn_predict(queries, *bank, classes, k, temperature, half=half, progress=progress).cpu()
+        scores[k] = 100 * sum(from_all((predicted == labels).sum().item(), shard)) / len(query[1])
+    return scores
 
 
 def percent(predicted, labels):
@@ -305,7 +320,7 @@ def knn_accuracy(encoder, data, img_size, device, patch_size=None, ks=(1, 20), t
     check_labels(data, bank_limit, max(ks))
     bank, query = (split_features(encoder, data, split, limit, img_size, device, patch_size, workers, mean, std, shard=shard)
                    for split, limit in (('train', bank_limit), ('test', query_limit)))
-    return knn_scores(bank, query, len(data.classes), ks, temperature, device), len(bank[0]), len(query[0])
+    return knn_scores(bank, query, len(data.classes), ks, temperature, device, shard=shard), len(bank[0]), len(query[0])
 
 
 def check_labels(data, limit=None, k=1):
@@ -723,7 +738,7 @@ def main():
             say(f'  patch size {patch_size}, {tokens} tokens: features in {extraction:.1f} s')
         for k in dict.fromkeys([1] * ('nn' in args.protocol) + args.k * ('knn' in args.protocol)):
             start = time.perf_counter()
-            score = knn_scores(train, test, classes, [k], args.temperature, device, args.half_bank, main_process)[k]
+            score = knn_scores(train, test, classes, [k], args.temperature, device, args.half_bank, shard, main_process)[k]
             report('NN' if k == 1 else f'{k}-NN', score, start, protocol='nn' if k == 1 else 'knn', k=k,
                    temperature=args.temperature, half_bank=args.half_bank, feature_seconds=extraction)
         if 'linear' in args.protocol:
