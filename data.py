@@ -171,7 +171,8 @@ def turn_hue(planes, turns):
     value, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = (value - low).clamp_(min=1e-8)                                     # grey: nothing to divide by
     is_r, is_g = (torch.eq(value, channel, out=torch.empty_like(value)) for channel in (r, g))  # 0 or 1
-    hue = (r - g).lerp_(b - r, is_g).lerp_(g - b, is_r).div_(chroma)
+    hue = r - g
+    hue.lerp_(torch.sub(b, r, out=r), is_g).lerp_(torch.sub(g, b, out=g), is_r).div_(chroma)  # r and g are not needed again
     hue.add_(is_g.sub_(2).mul_(is_r.sub_(1)), alpha=2)                          # + 0, 2 or 4 sextants
     hue.div_(6).add_(1 + turns).frac_().mul_(6)
     for plane, sextant in zip(planes, (3, 2, 4)):
