@@ -114,7 +114,7 @@ def filter_matrix(start, length, size_in, size_out, interpolation, flip=None):
     x = (pixels[:, None] - centers[:, :, None]).abs_()                         # b out in
     if interpolation == 'bilinear':
         weights = x.sub_(1).clamp_(max=0)                                      # -(1 - x); the sign leaves with the sum
-    else:  # bicubic with a = -0.5, times -2: t (t - 1)^2 where t = x - 1 > 0, less 2 t^2 (2 t + 1) elsewhere; beyond 2 it is 0
+    else:  # bicubic with a = -0.5, times -2: t (t - 1)^2, and where t < 0 less 2 t^2 (2 t + 1); t = min(x, 2) - 1
         t = x.clamp_(max=2).sub_(1)
         near, rest = t.clamp(max=0), t - 1
         weights = t.mul_(rest).mul_(rest).sub_(torch.add(near, 0.5, out=rest).mul_(near).mul_(near), alpha=4)
@@ -122,7 +122,7 @@ def filter_matrix(start, length, size_in, size_out, interpolation, flip=None):
 
 
 def separable(images, rows, cols, out=None):
-    """rows image cols^T for every image and channel: (b c h w), (b s h), (b t w) -> planes (c b s t)."""
+    """rows image cols^T for every image and channel: (b c h w), (b s h), (b t w) -> planes (c b s t), in `out` if given."""
     b, c, h, w = images.shape
     lines = torch.bmm(images.reshape(b, c * h, w), cols.transpose(1, 2)).view(b, c, h, cols.shape[1])
     out = lines.new_empty(c, b, rows.shape[1], cols.shape[1]) if out is None else out
@@ -141,7 +141,7 @@ def crop_matrices(b, h, w, view, side, generator, device):
 
 def random_crop(images, matrices, out=None):
     """By `crop_matrices`: uint8 (b c h w) -> planes (c b s s) in [0, 1]."""
-    return separable(images.float(), *matrices, out).clamp_(0, 1)               # bicubic overshoots
+    return separable(images.float(), *matrices, out).clamp_(0, 1)               # bicubic overshoots, bilinear rounds
 
 
 def resize(images, side):
@@ -201,7 +201,7 @@ def recolor(planes, hue_place, weights, contrast, saturation, turns, gray):
     Jitter is brightness, contrast, saturation and hue in random order. The first three are blends,
     f x + (1 - f) reference, with reference 0, the mean luminance and the luminance of the pixel: one operation with
     per-image coefficients. Hue comes after hue_place of them, 0 to 3, for all images of the call. Grey images (c = 1)
-    have no saturation, hue and grayscale: these are skipped.
+    have no saturation, hue and grayscale: these do nothing.
     """
     for place, (weight, is_contrast, is_saturation) in enumerate(zip(weights, contrast, saturation)):
         if place == hue_place:
@@ -224,7 +224,7 @@ def blur_matrix(sigma, size):
 
 
 def finish(planes, view, generator):
-    """Blur and solarization, the last steps, of planes (c b s s)."""
+    """Blur and solarization, the last steps, in place, of planes (c b s s)."""
     _, b, side, _ = planes.shape
 
     def chosen(probability):
@@ -232,14 +232,13 @@ def finish(planes, view, generator):
 
     if view.blur_p:
         matrix = blur_matrix(uniform(b, 0.1, 2.0, generator, planes.device), side)
-        blurred = separable(rearrange(planes, 'c b h w -> b c h w'), matrix, matrix).clamp_(0, 1)  # rounding
-        planes = planes.lerp(blurred, chosen(view.blur_p).float())
+        blurred = separable(planes.transpose(0, 1), matrix, matrix)
+        planes.lerp_(blurred, chosen(view.blur_p).float()).clamp_(0, 1)         # rounding
     if view.solarize_p:
         threshold = torch.where(chosen(view.solarize_p), 128 / 255, 2.0)        # no pixel is as bright as 2
         for plane in planes:
             bright = torch.ge(plane, threshold, out=torch.empty_like(plane))
             plane.lerp_(1 - plane, bright)
-    return planes
 
 
 def normalize(images, mean, std):
@@ -251,38 +250,48 @@ def normalize(images, mean, std):
 
 
 def make_views(batch, views, sides, generator):
-    """The augmented views, list of float32 (b c s s) in [0, 1], of a batch from `batches`: uint8 images (b c h w),
-    or a folder's crops, one uint8 (b c s' s') per view. sides: the side of each view.
+    """The augmented views, list of float32 (b c s s) in [0, 1] (in memory c b s s), of a batch from `batches`: uint8
+    images (b c h w), or a folder's crops, one uint8 (b c s' s') per view, s' by the kind of view. sides: the side of each view.
 
     Neighbouring views that differ in blur and solarization alone are one batch until then: fewer, larger operations.
     It is dealt out at random over the four places that hue can have in the order of the colour changes, a quarter each
-    (as evenly as b allows), so that a place is a slice. On a CPU, parts of about 2^18 pixels stay in its cache.
+    (as evenly as can be), so that a place is a slice. On a CPU, parts of about 2^18 pixels stay in its cache.
     """
+    given = not torch.is_tensor(batch)                                          # crops
+    images = batch[0] if given else batch
+    b, c, device = len(images), images.shape[1], images.device
     kinds = [(replace(view, blur_p=0.0, solarize_p=0.0), side) for view, side in zip(views, sides)]
+
+    def slices(n, pieces, side):
+        """n views in equal pieces, and these in parts of at most 2^18 pixels: [(piece, slice)]."""
+        parts = math.ceil(n / pieces * side ** 2 / 2 ** 18) if device.type == 'cpu' else 1
+        edges = [n * i // (pieces * parts) for i in range(pieces * parts + 1)]
+        return [(i // parts, slice(*edges[i:i + 2])) for i in range(pieces * parts)]
+
     made = []
     for (kind, side), members in itertools.groupby(range(len(views)), key=kinds.__getitem__):
         members = list(members)
-        given = not torch.is_tensor(batch)                                      # crops
-        images = torch.cat([batch[i] for i in members]) if given else batch
-        b, device = len(batch[0]) if given else len(batch), images.device
         n = b * len(members)
-        matrices = [] if given else crop_matrices(n, *images.shape[2:], kind, side, generator, device)
+        if given:
+            images = torch.cat([batch[i] for i in members])
+        else:
+            matrices = crop_matrices(n, *images.shape[2:], kind, side, generator, device)
         colors, dealt = draw_colors(n, kind, generator, device), uniform(n, 0, 1, generator, device).argsort()
-        done = torch.empty(images.shape[1], n, side, side, device=device)
-        parts = 4 * (math.ceil(n * side ** 2 / 2 ** 20) if device.type == 'cpu' else 1)
-        for i in range(parts):
-            part = slice(n * i // parts, n * (i + 1) // parts)
+        done = torch.empty(c, n, side, side, device=device)
+        for hue_place, part in slices(n, 4, side):
             some, planes = images.index_select(0, dealt[part] % len(images)), done[:, part]
             if given:
                 planes.copy_(rearrange(resize(some, side), 'b c h w -> c b h w'))
             else:
                 random_crop(some, [matrix[part] for matrix in matrices], out=planes)
-            recolor(planes, 4 * i // parts, *(drawn[..., part, :, :] for drawn in colors))
+            recolor(planes, hue_place, *(drawn[..., part, :, :] for drawn in colors))
         for i, places in zip(members, dealt.argsort().split(b)):
             planes = torch.empty_like(done[:, :b])
             for plane, of_all in zip(planes, done):
                 torch.index_select(of_all, 0, places, out=plane)
-            made.append(rearrange(finish(planes, views[i], generator), 'c b h w -> b c h w'))
+            for _, part in slices(b, 1, side):
+                finish(planes[:, part], views[i], generator)
+            made.append(rearrange(planes, 'c b h w -> b c h w'))
     return made
 
 

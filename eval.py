@@ -312,15 +312,12 @@ def classes_of(logits):
 
 
 def knn_accuracy(encoder, data, img_size, device, patch_size=None, ks=(1, 20), temperature=0.07, bank_limit=None,
-                 query_limit=None, workers=0, mean=None, std=None, shard=False):
-    """({k: percent correct}, bank size, number of queries) on the labelled test images of a data set.
-
-    shard: all processes of the group call it, share the work and get the same scores.
-    """
+                 query_limit=None, workers=0):
+    """({k: percent correct}, bank size, number of queries) on the labelled test images of a data set."""
     check_labels(data, bank_limit, max(ks))
-    bank, query = (split_features(encoder, data, split, limit, img_size, device, patch_size, workers, mean, std, shard=shard)
+    bank, query = (split_features(encoder, data, split, limit, img_size, device, patch_size, workers)
                    for split, limit in (('train', bank_limit), ('test', query_limit)))
-    return knn_scores(bank, query, len(data.classes), ks, temperature, device, shard=shard), len(bank[0]), len(query[0])
+    return knn_scores(bank, query, len(data.classes), ks, temperature, device), len(bank[0]), len(query[0])
 
 
 def check_labels(data, limit=None, k=1):

@@ -18,8 +18,14 @@ def generator(seed=0):
 
 
 def recolored(images, view, generator, hue_place=1):
-    planes = images.transpose(0, 1).clone()
+    planes = images.transpose(0, 1).clone(memory_format=torch.contiguous_format)
     recolor(planes, hue_place, *draw_colors(len(images), view, generator, 'cpu'))
+    return planes.transpose(0, 1)
+
+
+def finished(images, view, generator):
+    planes = images.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    finish(planes, view, generator)
     return planes.transpose(0, 1)
 
 
@@ -90,7 +96,7 @@ def test_color_jitter_is_one_of_torchvisions_orders():
     colors = weights, contrast, saturation, turns, gray = draw_colors(48, View(jitter_p=1.0, gray_p=0.3), generator(), 'cpu')
     seen = set()
     for hue_place in range(4):
-        planes = images.transpose(0, 1).clone()
+        planes = images.transpose(0, 1).clone(memory_format=torch.contiguous_format)
         recolor(planes, hue_place, *colors)
         for i in range(48):
             kinds = [1 if contrast[k, i] else 2 if saturation[k, i] else 0 for k in range(3)]
@@ -123,19 +129,76 @@ def test_hue_takes_each_place_equally_often(monkeypatch):
     seen = []
     original = data.recolor
     monkeypatch.setattr(data, 'recolor', lambda planes, place, *a: seen.append((place, planes.shape[1])) or original(planes, place, *a))
-    made = make_views(torch.zeros(18, 3, 8, 8, dtype=torch.uint8), recipe('moco', small=True), [8, 8], generator())
-    assert len(made) == 2 and seen == [(0, 9), (1, 9), (2, 9), (3, 9)]
-    made = make_views(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), recipe('moco', small=True), [8, 8], generator())
-    assert [tuple(view.shape) for view in made] == [(1, 3, 8, 8)] * 2
+    for b, side, parts in ((18, 8, 1), (1, 8, 1), (1200, 32, 3)):
+        seen.clear()
+        made = make_views(torch.zeros(b, 3, 8, 8, dtype=torch.uint8), recipe('moco', small=True), [side] * 2, generator())
+        assert [tuple(view.shape) for view in made] == [(b, 3, side, side)] * 2
+        assert [place for place, _ in seen] == [place for place in range(4) for _ in range(parts)]
+        assert all(count in (2 * b // 4 // parts, -(-2 * b // 4 // parts)) for _, count in seen) and sum(count for _, count in seen) == 2 * b
 
 
-def test_views_are_of_their_own_image():
-    """Dealt out over the places of hue and put back: view i shows image i, in memory and in folders."""
-    images = torch.arange(40).mul(6).to(torch.uint8)[:, None, None, None].expand(40, 3, 16, 16).contiguous()
-    quiet = View(jitter_p=0, gray_p=0)
-    for batch in (images, [images, images, images[:, :, :8, :8]]):
-        for view in make_views(batch, [quiet, View(jitter_p=0, gray_p=0, interpolation='bicubic'), quiet], [16, 12, 8], generator()):
-            assert (view - images[:, :, :1, :1] / 255).abs().max() < 1e-5
+def by_hand(batch, views, sides, generator):
+    """make_views in float64 by torchvision, image by image, with the same draws."""
+    import itertools
+    from dataclasses import replace
+    given, result = isinstance(batch, list), []
+    kinds = [(replace(view, blur_p=0, solarize_p=0), side) for view, side in zip(views, sides)]
+    for (kind, side), members in itertools.groupby(range(len(views)), key=kinds.__getitem__):
+        members, b = list(members), len(batch[0]) if given else len(batch)
+        n = b * len(members)
+        if not given:
+            top, left, height, width = crop_boxes(n, *batch.shape[2:], kind.scale, generator, 'cpu')
+            flip = torch.rand(n, generator=generator) < 0.5
+        weights, contrast, saturation, turns, gray = draw_colors(n, kind, generator, 'cpu')
+        dealt = torch.rand(n, generator=generator).argsort().tolist()
+        made = [None] * n
+        for position, number in enumerate(dealt):
+            source = batch[members[number // b]] if given else batch
+            x = source[number % b].double() / 255
+            if given:
+                x = TF.resize(x, [side, side], T.InterpolationMode.BICUBIC).clamp(0, 1)
+            else:
+                box = [int(v[position]) for v in (top, left, height, width)]
+                x = TF.resized_crop(x, *box, [side, side], T.InterpolationMode(kind.interpolation)).clamp(0, 1)
+                x = x.flip(2) if flip[position] else x
+            steps = []
+            for k in range(3):
+                operation = TF.adjust_contrast if contrast[k, position] else TF.adjust_saturation if saturation[k, position] else TF.adjust_brightness
+                steps.append((operation, 1 - float(weights[k, position])))
+            place = next(i for i in range(4) if position < n * (i + 1) // 4)
+            for operation, amount in [*steps[:place], (TF.adjust_hue, float(turns[position])), *steps[place:]]:
+                x = operation(x, amount)
+            made[number] = TF.rgb_to_grayscale(x, 3) if gray[position] else x
+        for i, images in zip(members, (made[j:j + b] for j in range(0, n, b))):
+            images = torch.stack(images)
+            if views[i].blur_p:
+                sigma = torch.empty(b).uniform_(0.1, 2.0, generator=generator)
+                for image, s, draw in zip(images, sigma, torch.rand(b, generator=generator)):
+                    if draw < views[i].blur_p:
+                        axis = torch.arange(side, dtype=torch.float64)
+                        kernel = torch.exp(-((axis[:, None] - axis) / s.double()) ** 2 / 2)
+                        kernel /= kernel.sum(1, keepdim=True)
+                        image.copy_(kernel @ image @ kernel.T)
+            if views[i].solarize_p:
+                chosen = torch.rand(b, generator=generator) < views[i].solarize_p
+                images = torch.where(chosen[:, None, None, None] & (images >= 128 / 255), 1 - images, images)
+            result.append(images)
+    return result
+
+
+@pytest.mark.parametrize('name', ('moco', 'simclr', 'dino'))
+@pytest.mark.parametrize('given', (False, True))
+def test_views_equal_torchvision_image_by_image(name, given):
+    views = recipe(name, local_crops=3)
+    sides = [8 if view.local else 14 for view in views]
+    pixels = torch.randint(0, 256, (7, 3, 20, 26), dtype=torch.uint8, generator=generator())
+    batch = [pixels[:, :, i:i + side + 1, i:i + side + 1] for i, side in enumerate(sides)] if given else pixels
+    before = pixels.clone()
+    made, expected = (f(batch, views, sides, generator(3)) for f in (make_views, by_hand))
+    assert torch.equal(pixels, before)
+    for ours, theirs in zip(made, expected):
+        # .2989 for .299 in torchvision's luminance; a pixel at the threshold of solarization falls to either side
+        assert ours.shape == theirs.shape and ((ours - theirs).abs() > 1e-3).float().mean() < 1e-3
 
 
 def test_grey_images_keep_one_channel():
@@ -183,7 +246,7 @@ def test_frequencies_of_each_operation():
 
     def frequency(view):
         if view.blur_p or view.solarize_p:
-            out = finish(images.transpose(0, 1).clone(), view, generator(2)).transpose(0, 1)
+            out = finished(images, view, generator(2))
         else:
             out = recolored(images, view, generator(2))
         least = 0 if view.blur_p else 1e-5  # turning the hue by 0 rounds
@@ -195,7 +258,7 @@ def test_frequencies_of_each_operation():
             p *= 0.975  # a sigma under about 0.15 changes no float32 pixel: exp(-1 / (2 sigma^2)) is below its rounding
         assert abs(frequency(replace(quiet, **{field: round(p, 1)})) - p) < 3 * math.sqrt(p * (1 - p) / n) + 5e-3, field
     bright = torch.rand(100, 3, 4, 4)
-    solarized = finish(bright.clone(), replace(quiet, solarize_p=1.0), generator())  # of planes: whichever comes first
+    solarized = finished(bright, replace(quiet, solarize_p=1.0), generator())
     assert torch.equal(solarized, torch.where(bright >= 128 / 255, 1 - bright, bright))
 
 
@@ -206,6 +269,13 @@ def test_views_repeat_with_the_key_and_differ_between_images():
     assert all(torch.equal(a, b) for a, b in zip(made[0], made[1])) and not torch.equal(made[0][0], made[2][0])
     assert not torch.equal(made[0][0][0], made[0][0][1])
     assert all(v.dtype == torch.float32 and 0 <= v.min() and v.max() <= 1 for v in made[0])
+
+
+def test_normalize_equals_torchvision():
+    images, mean, std = torch.rand(4, 3, 5, 6), (0.1, 0.5, 0.3), (0.2, 0.7, 0.4)
+    for given in (images, images.transpose(0, 1).contiguous().transpose(0, 1)):
+        out = data.normalize(given, mean, std)
+        assert out.is_contiguous() and (out - TF.normalize(images, mean, std)).abs().max() < 1e-6
 
 
 # ---- order of the data
