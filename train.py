@@ -36,7 +36,7 @@ import vit
 from compress import Compression, forward_flops, local_side, num_keep, sample_cost, training_flops
 from eval import Formatter, exit_with, join_processes, knn_accuracy, pick_device, read_file
 from gradstats import gradient_stats
-from schedule import Schedule, cosine, polynomial, ramp, solve, warmup
+from schedule import Schedule, cosine, errors_over_progress, polynomial, ramp, solve, warmup
 
 # What the three papers do differently. Head sizes, batch sizes and learning rates are ours, for small images and short runs;
 # the papers': MoCo-v3 --hidden 4096, DINO --hidden 2048 --out-dim 65536 --momentum 0.996 --batch-size 1024. DINO's loss is
@@ -395,10 +395,15 @@ def collapse_warning(metrics, outputs):
 
 
 def choose(schedule, rows, progress, horizon):
-    """The schedule so far and, from `progress` on, the strategy with the lowest CA-MSE, ties to the cheaper."""
+    """The schedule so far and, from `progress` on, the strategy with the lowest CA-MSE, ties to the cheaper; but the one
+    in use stays until it is two standard errors behind: a few batches err, and a wrong change costs more than a late one."""
     rows = [{**row, 'norm2': 1.0, 'norm2_sem': 0.0} for row in rows]  # at one progress the scale, the noisiest number, does not matter
-    best = Compression.parse(solve(rows, horizon=horizon).at(0))
-    return schedule if best == schedule.stages[-1][1] else Schedule((*schedule.stages, (progress, best)))
+    errors = {strategy: column[0] for strategy, column in errors_over_progress(rows, horizon)[1].items()}
+    lowest, error = min(errors.values())
+    now, now_error = errors.get(str(schedule.stages[-1][1]), (math.inf, 0.0))
+    if now - lowest <= 2 * math.hypot(now_error, error):
+        return schedule
+    return Schedule((*schedule.stages, (progress, Compression.parse(solve(rows, horizon=horizon).at(0)))))
 
 
 def train(args, checkpoint):
@@ -619,8 +624,9 @@ def train(args, checkpoint):
                 if first or cost[chosen.stages[-1][1]] >= cost[now]:
                     schedule = chosen
                 if main_process:
-                    tqdm.write(f'{100 * progress:.0f} % of the budget: on with {schedule.stages[-1][1]}, which has the lowest '
-                               f'cost-adjusted gradient error, or is the cheapest within its error bar')
+                    verdict = (f'{now} stays: no cost-adjusted gradient error is two standard errors below its own' if schedule.at(progress) == now else
+                               f'on with {schedule.at(progress)}, which has the lowest cost-adjusted gradient error, or is the cheapest within its error bar')
+                    tqdm.write(f'{100 * progress:.0f} % of the budget: {verdict}')
                 seconds, clock = seconds + time.perf_counter() - clock, time.perf_counter()
         compression = schedule.at(progress)
 

@@ -361,14 +361,20 @@ def test_auto_that_cannot_pay_says_so(run, capsys):
 
 def test_auto_chooses_the_lowest_error():
     from compress import Compression
-    base, large = Compression(4), Compression(8)
+    base, large, dropped = Compression(4), Compression(8), Compression(8, 0.5)
     rows = [dict(progress=0.3, strategy=s, cost=c, bias2=b, bias2_sem=0.0, variance=1.0, variance_sem=0.0, norm2=-1.0, norm2_sem=9.0)
             for s, c, b in (('p4', 1.0, 0.0), ('p8', 0.3, 0.1), ('p8-drop0.50', 0.2, 2.0))]
     start = train.Schedule(((0.0, large),))
     assert train.choose(start, rows, 0.3, 1) == start
     assert train.choose(start, rows, 0.3, 20).stages == ((0.0, large), (0.3, base))
-    rows[1]['bias2_sem'] = rows[2]['bias2_sem'] = 5.0  # nothing can be told apart: the cheapest
-    assert train.choose(start, rows, 0.3, 1).at(0.3) == Compression(8, 0.5)
+    rows[0]['variance'] = 0.39  # CA-MSE 0.39, p8 0.4
+    rows[1]['bias2_sem'] = 0.0051
+    assert train.choose(start, rows, 0.3, 1) == start  # within two standard errors
+    rows[1]['bias2_sem'] = 0.0049
+    assert train.choose(start, rows, 0.3, 1).at(0.3) == base
+    rows[2]['bias2_sem'] = 5.0  # cannot be told from the lowest: of those, the cheapest
+    assert train.choose(start, rows, 0.3, 1).at(0.3) == dropped
+    assert train.choose(train.Schedule(((0.0, Compression(16)),)), rows, 0.3, 1).at(0.3) == dropped  # one that was not measured does not stay
 
 
 def test_default_schedule_follows_the_base_patch_size(run):
