@@ -523,7 +523,7 @@ def train(args, checkpoint):
     say(f'schedule  {schedule}')
     if moments:
         say(f'auto      measures {auto_batches} batches of each strategy at {", ".join(f"{100 * p:.0f} %" for p in moments)} of the budget, '
-            f'in the {auto_metric} metric, and goes on with the best')
+            f'in the {auto_metric} metric, and changes to a better one')
     elif auto and not checkpoint:
         say(f'auto      cannot measure: --auto-share {args.auto_share:g} of the budget does not pay for 4 batches of each of {len(grid)} '
             f'strategies, {4 * args.batch_size * sum(cost[c] for c in grid):,.0f} units; the schedule stays. Raise --budget or --auto-share')
