@@ -46,7 +46,7 @@ def views(device):
     for side, channels in ((28, 1), (28, 3), (32, 3), (40, 3)):
         images = torch.randint(0, 256, (256, channels, side, side), dtype=torch.uint8)
         pil = [to_pil_image(image) for image in images[:64]]
-        mean, std = (0.5,) * channels, (0.25,) * channels
+        mean, std = MEAN[:channels], STD[:channels]
         for name in ('moco', 'simclr'):
             recipe = data.recipe(name, small=True)
             generator = data.keyed_generator(0, device=device)

@@ -17,14 +17,18 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def planes_of(images):
+    return images.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+
+
 def recolored(images, view, generator, hue_place=1):
-    planes = images.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    planes = planes_of(images)
     recolor(planes, hue_place, *draw_colors(len(images), view, generator, 'cpu'))
     return planes.transpose(0, 1)
 
 
 def finished(images, view, generator):
-    planes = images.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    planes = planes_of(images)
     finish(planes, view, generator)
     return planes.transpose(0, 1)
 
@@ -78,7 +82,7 @@ def test_random_crop_flips_half():
 def test_hue_and_luminance_equal_torchvision():
     images = torch.rand(5, 3, 7, 9)
     shift = torch.tensor([-0.5, -0.1, 0.0, 0.08, 0.5])
-    planes = images.transpose(0, 1).clone()
+    planes = planes_of(images)
     light = luminance(planes)
     turn_hue(planes, shift[:, None, None])
     for i in range(5):
@@ -96,7 +100,7 @@ def test_color_jitter_is_one_of_torchvisions_orders():
     colors = weights, contrast, saturation, turns, gray = draw_colors(48, View(jitter_p=1.0, gray_p=0.3), generator(), 'cpu')
     seen = set()
     for hue_place in range(4):
-        planes = images.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        planes = planes_of(images)
         recolor(planes, hue_place, *colors)
         for i in range(48):
             kinds = [1 if contrast[k, i] else 2 if saturation[k, i] else 0 for k in range(3)]

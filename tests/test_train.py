@@ -367,6 +367,9 @@ def test_auto_chooses_the_lowest_error():
     start = train.Schedule(((0.0, large),))
     assert train.choose(start, rows, 0.3, 1) == start
     assert train.choose(start, rows, 0.3, 20).stages == ((0.0, large), (0.3, base))
+    rows[1]['bias2_sem'] = rows[2]['bias2_sem'] = 5.0  # nothing can be told apart
+    assert train.choose(start, rows, 0.3, 1) == start
+    rows[2]['bias2_sem'] = 0.0
     rows[0]['variance'] = 0.39  # CA-MSE 0.39, p8 0.4
     rows[1]['bias2_sem'] = 0.0051
     assert train.choose(start, rows, 0.3, 1) == start  # within two standard errors
