@@ -1,24 +1,43 @@
-"""How wrong is the gradient of a compressed step? Squared bias and variance, without bias of their own.
+"""How wrong is the gradient of a compressed step? Bias, variance and direction, without bias of
+their own.
 
-Paper, "Gradient error analysis". With g_tau the gradient of a random batch under strategy tau, tau0 uncompressed:
+"Accelerating Augmentation Invariance Pretraining" (NeurIPS 2024), "gradient error analysis".
+g_tau is the gradient of a random batch under strategy tau, tau0 no compression:
 
     bias^2(tau)   = || E g_tau - E g_tau0 ||^2
-    variance(tau) = E || g_tau - E g_tau ||^2              over images, views and token draws
+    variance(tau) = E || g_tau - E g_tau ||^2             over images, views and token draws
 
-From n batches, each measured under every strategy (paired: d_i = g_tau,i - g_tau0,i of the same images and views):
+and, ours, how far it still points the right way:
 
-    bias^2     ~  sum_{i != j} d_i . d_j / (n (n - 1))      a U-statistic: unbiased, and it can be negative
-    variance   ~  sum_i || g_i - mean g ||^2 / (n - 1)
+    cosine(tau)   = <E g_tau0, E g_tau> / (|| E g_tau0 || || E g_tau ||)
+    slope(tau)    = <E g_tau0, P E g_tau>,  P = 1 / sqrt(E g_tau^2) per coordinate
 
-The naive || mean d ||^2 adds Var(d) / n, most of what it reports late in training. The paper does not give its
-normalization: divide by `norm2`, the squared norm of the true uncompressed gradient, to compare stages.
+slope is how fast the wanted loss falls along the step of an Adam that has seen tau alone.
 
-A step under tau draws its tokens once, so this noise counts in the variance; the bias is that of the mean over
-draws, and one draw per batch estimates it without bias.
+All of these are made of products <E a, E b>. The naive product of two means over n batches is
+biased by the noise that they share: || mean d ||^2 adds Var(d) / n, most of what it reports late
+in training. Here the batches form G groups, and only means of different groups meet, whose noise
+is independent:
 
-    stats = gradient_stats(grad_fn, ['p4', 'p8'], 'p4', batches)      # grad_fn(batch, strategy) -> flat tensor
+    <E a, E b>  ~  mean over pairs k != l of  <mean_k a, mean_l b>      unbiased, can be negative
+
+Every batch is measured under every strategy with the same images and views, so the noise that two
+strategies share cancels in the difference. Error bars: leave one group out (jackknife). The paper
+does not give its normalization: divide by `norm2`, the squared norm of the true gradient, to
+compare stages of training.
+
+    stats = gradient_stats(grad_fn, ['p4', 'p8'], 'p4', batches)    # grad_fn(batch, tau) -> flat
     stats['p8'].bias2, stats['p8'].bias2_sem
+
+The gradient of any module and loss will do:
+
+    def grad_fn(batch, strategy):
+        return flat_gradient(loss_of(model, batch, strategy), parameters)
+
+    with unchanged(model):                                           # puts BatchNorm's buffers back
+        stats = gradient_stats(grad_fn, ..., scale=adam_scale(optimizer, parameters))
 """
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -27,9 +46,10 @@ import torch
 
 @dataclass(frozen=True)
 class GradStats:
-    """Estimates with their standard errors over independent groups of batches; in squared units of the gradient.
+    """Estimates with their standard errors, in squared units of the gradient (cosine: none).
 
-    mse = E || g_tau - E g_tau0 ||^2 = bias2 + variance; norm2 = || E g_tau0 ||^2, for scale.
+    mse = E || g_tau - E g_tau0 ||^2 = bias2 + variance. norm2 = || E g_tau0 ||^2, for scale.
+    mean2 = || E g_tau ||^2. inner = <E g_tau0, E g_tau>. slope0 is the slope of tau0.
     """
     bias2: float
     bias2_sem: float
@@ -39,86 +59,177 @@ class GradStats:
     mse_sem: float
     norm2: float
     norm2_sem: float
+    mean2: float
+    mean2_sem: float
+    inner: float
+    inner_sem: float
+    cosine: float
+    cosine_sem: float
+    slope: float
+    slope_sem: float
+    slope0: float
+    slope0_sem: float
     num_batches: int
 
 
-def gradient_stats(grad_fn, strategies, reference, batches, groups=4):
+def gradient_stats(grad_fn, strategies, reference, batches, groups=4, scale=None):
     """{strategy: GradStats} of `strategies`, the reference among them or not.
 
-    grad_fn(batch, strategy) -> flat gradient of the loss on this batch; it must not change any state, and repeat
-    its draws of views for the same batch. batches: a sequence, a multiple of `groups` and at least 2 per group.
-    An estimate is the mean of those of the groups, its error their standard deviation / sqrt(groups).
+    grad_fn(batch, strategy) -> flat gradient of the loss on this batch. It must not change any
+    state, and repeat its draws of views for the same batch. batches: a sequence, a multiple of
+    `groups`. scale: a metric, one factor per coordinate (see adam_scale) or None; slope has a
+    metric of its own.
 
-    Time: one gradient per strategy and batch. Memory: two gradients, and a float64 sum per strategy.
+    Time: one gradient per strategy and batch. Memory: groups + 1 gradients per strategy.
     """
     batches = list(batches)
-    if groups < 2 or len(batches) % groups or len(batches) < 2 * groups:
-        raise ValueError(f'{len(batches)} batches do not make {groups} groups of equally many, at least 2; '
-                         f'use a multiple of {groups} from {2 * groups} on')
+    if groups < 3 or not batches or len(batches) % groups:
+        raise ValueError(f'{len(batches)} batches do not make {groups} groups of equally many; '
+                         f'use at least 3 groups and a multiple of {groups} batches')
     n = len(batches) // groups
-    others = [s for s in dict.fromkeys(strategies) if s != reference]
-    estimates = {s: [] for s in (*others, reference)}
+    order = list(dict.fromkeys([reference, *strategies]))
+    means = {s: [] for s in order}                     # the mean gradient of each group
+    squares = {s: [] for s in order}                   # the mean of ||g||^2 of each group
+    moments = {}                                       # the sum of g^2 of each coordinate
 
-    for group in range(groups):
-        total = {}                                      # sum of g, float64
-        squares = dict.fromkeys(estimates, 0.0)         # sum of ||g||^2
-        differences = dict.fromkeys(others, 0.0)        # sum of ||g - g0||^2
-        for batch in batches[group * n:(group + 1) * n]:
-            base = grad_fn(batch, reference)
-            base_square = dot(base, base)
-            add(total, reference, base)
-            squares[reference] += base_square
-            for s in others:
+    for first in range(0, len(batches), n):
+        total = {}
+        square = dict.fromkeys(order, 0.0)
+        for batch in batches[first:first + n]:
+            for s in order:
                 gradient = grad_fn(batch, s)
-                square = dot(gradient, gradient)
                 add(total, s, gradient)
-                squares[s] += square
-                differences[s] += square - 2 * dot(gradient, base) + base_square
-        norm2 = u_statistic(total[reference], squares[reference], n)
-        for s in estimates:
-            variance = (squares[s] - dot(total[s], total[s]) / n) / (n - 1)
-            bias2 = u_statistic(total[s].sub_(total[reference]), differences[s], n) if s != reference else 0.0
-            estimates[s].append((bias2, variance, norm2))
+                add(moments, s, gradient.square())
+                scaled = gradient if scale is None else gradient * scale
+                square[s] += dot(scaled, scaled)
+        for s in order:
+            means[s].append(total[s] / n)
+            squares[s].append(square[s] / n)
 
-    def summary(values):
-        mean = sum(values) / groups
-        return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (groups - 1) / groups)
-
+    metric = None if scale is None else scale.square()
+    own_metric = {s: 1 / moments[s].div(len(batches)).sqrt().clamp(min=1e-12) for s in order}
+    true = pairs(means[reference], means[reference], metric)
+    slope0 = pairs(means[reference], means[reference], own_metric[reference])
     result = {}
     for s in strategies:
-        bias2, variance, norm2 = zip(*estimates[s])
-        mse = [a + b for a, b in zip(bias2, variance)]
-        result[s] = GradStats(*summary(bias2), *summary(variance), *summary(mse), *summary(norm2), len(batches))
+        mean2 = pairs(means[s], means[s], metric)
+        inner = pairs(means[reference], means[s], metric)
+        slope = pairs(means[reference], means[s], own_metric[s])
+        square = torch.tensor(squares[s], dtype=torch.float64)
+        result[s] = summary(mean2, inner, true, slope, slope0, square, len(batches))
     return result
+
+
+def pairs(a, b, metric):
+    """(G G) products <a_k, b_l> of the mean gradients of the groups, symmetric in k and l."""
+    rows = []
+    for x in a:
+        x = x if metric is None else x * metric
+        rows.append([dot(x, y) for y in b])
+    products = torch.tensor(rows, dtype=torch.float64)
+    return (products + products.T) / 2
+
+
+def summary(mean2, inner, true, slope, slope0, square, num_batches):
+    """GradStats from the products of the groups, with jackknife errors."""
+    groups = len(square)
+
+    def estimates(kept):
+        """All estimates from these groups alone."""
+        def across(products):
+            """The mean product of two different groups."""
+            products = products[kept][:, kept]
+            total = products.sum() - products.diagonal().sum()
+            return total.item() / (len(kept) * (len(kept) - 1))
+
+        norm2 = across(true)
+        own = across(mean2)
+        with_true = across(inner)
+        bias2 = own - 2 * with_true + norm2
+        variance = square[kept].mean().item() - own
+        # a squared norm that is lost in noise gives no direction
+        cosine = with_true / math.sqrt(norm2 * own) if norm2 > 0 and own > 0 else 0.0
+        return (bias2, variance, bias2 + variance, norm2, own, with_true, cosine, across(slope),
+                across(slope0))
+
+    everything = list(range(groups))
+    values = estimates(everything)
+    without = [estimates([k for k in everything if k != left_out]) for left_out in everything]
+    fields = []
+    for value, replicates in zip(values, zip(*without)):
+        center = sum(replicates) / groups
+        spread = sum((x - center) ** 2 for x in replicates)
+        fields += [value, math.sqrt((groups - 1) / groups * spread)]
+    return GradStats(*fields, num_batches)
 
 
 def dot(a, b):
     """In float64, a million coordinates at a time."""
-    return sum(torch.dot(x.double(), y.double()).item() for x, y in zip(a.split(2 ** 20), b.split(2 ** 20)))
+    parts = zip(a.split(2 ** 20), b.split(2 ** 20))
+    return sum(torch.dot(x.double(), y.double()).item() for x, y in parts)
 
 
 def add(total, key, vector):
-    total[key] = total[key].add_(vector) if key in total else vector.to(torch.float64, copy=True)
+    """total[key] += vector, in float32 or wider."""
+    vector = vector.to(torch.promote_types(vector.dtype, torch.float32))
+    total[key] = total[key] + vector if key in total else vector
 
 
-def u_statistic(total, squares, n):
-    """|| E v ||^2 from sum v_i and sum ||v_i||^2: the mean of v_i . v_j over i != j."""
-    return (dot(total, total) - squares) / (n * (n - 1))
+# ---------------------------------------------------------------- the gradient of a module
+
+def flat_gradient(loss, parameters):
+    """The gradient of a loss over a list of parameters, as one vector. No .grad is touched."""
+    gradients = torch.autograd.grad(loss, parameters)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def adam_scale(optimizer, parameters):
+    """Adam's metric: what it multiplies each coordinate of the gradient by, 1 / (sqrt(v) + eps).
+
+    v is the bias-corrected second moment. 0 where Adam has no state yet: such a parameter does
+    not move.
+    """
+    eps = optimizer.defaults['eps']
+    beta2 = optimizer.defaults['betas'][1]
+    scales = []
+    for parameter in parameters:
+        state = optimizer.state.get(parameter)
+        if not state:
+            scales.append(torch.zeros_like(parameter).flatten())
+            continue
+        v = state['exp_avg_sq'] / (1 - beta2 ** state['step'].to(parameter.device))
+        scales.append((1 / (v.sqrt() + eps)).flatten())
+    return torch.cat(scales)
+
+
+@contextlib.contextmanager
+def unchanged(module):
+    """Put back what a forward pass changes in a module: its buffers, such as BatchNorm's
+    statistics."""
+    kept = [buffer.clone() for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(module.buffers(), kept):
+            buffer.copy_(value)
 
 
 if __name__ == '__main__':
     generator = torch.Generator().manual_seed(0)
-    truth, bias = torch.ones(64) / 4, torch.ones(64) * (2 / 64) ** 0.5     # bias^2 = 2, || E g ||^2 = 4
-    batches = [(torch.randn(64, generator=generator), torch.randn(64, generator=generator)) for _ in range(400)]
+    truth = torch.ones(64) / 4                             # || E g ||^2 = 4
+    bias = torch.ones(64) * (2 / 64) ** 0.5                # bias^2 = 2
+    batches = [torch.randn(2, 64, generator=generator) for _ in range(400)]
 
     def grad_fn(batch, strategy):  # the noise of the batch is shared, that of the token draw is not
         shared, own = batch
         return truth + shared if strategy == 'none' else truth + shared + bias + 0.5 * own
 
-    s = gradient_stats(grad_fn, ['none', 'biased'], 'none', batches)['biased']
-    naive = (torch.stack([grad_fn(b, 'biased') - grad_fn(b, 'none') for b in batches[:8]]).mean(0).square().sum()).item()
-    print(f'bias^2    {s.bias2:6.3f} +- {s.bias2_sem:.3f}   (true 2; the naive estimate from 8 batches: {naive:.2f}, expected 4)')
-    print(f'variance  {s.variance:6.2f} +- {s.variance_sem:.2f}    (true 80)')
-    print(f'norm^2    {s.norm2:6.3f} +- {s.norm2_sem:.3f}   (true 4)')
+    s = gradient_stats(grad_fn, ['biased'], 'none', batches, groups=8)['biased']
+    eight = [grad_fn(b, 'biased') - grad_fn(b, 'none') for b in batches[:8]]
+    naive = torch.stack(eight).mean(dim=0).square().sum().item()
+    print(f'bias^2    {s.bias2:6.3f} +- {s.bias2_sem:.3f}  (true 2; naive, 8 batches: {naive:.2f})')
+    print(f'variance  {s.variance:6.2f} +- {s.variance_sem:.2f}   (true 80)')
+    print(f'norm^2    {s.norm2:6.3f} +- {s.norm2_sem:.3f}  (true 4)')
+    print(f'cosine    {s.cosine:6.3f} +- {s.cosine_sem:.3f}  (true 1)')
     assert abs(s.bias2 - 2) < 0.3 and abs(s.variance - 80) < 3 and abs(s.norm2 - 4) < 1
     print('gradstats.py: all claims hold')

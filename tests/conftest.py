@@ -1,17 +1,41 @@
+"""What the tests share: a tiny data set, a small run of train.py, torchrun, a distance."""
+import json
+import os
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)                              # on tensors this small, threads only cost
+
+# the flags of a run that takes seconds: 16 tokens an image, one block, 20 steps an epoch
+SMALL = [
+    '--dataset', 'fashion_mnist', '--img-size', '16', '--local-crops', '2', '--local-size', '8',
+    '--embed-dim', '32', '--depth', '1', '--num-heads', '1', '--hidden', '32', '--out-dim', '32',
+    '--batch-size', '16', '--log-every', '1', '--eval-every', '1', '--device', 'cpu',
+]
+
+
+def error(a, b):
+    """The largest difference between two tensors."""
+    return (a - b).abs().max().item()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, alone or after others."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope='session')
 def tiny_fashion(tmp_path_factory):
-    """A data root with the four raw files of Fashion-MNIST, 320 training and 60 test images of random squares."""
+    """A data root with Fashion-MNIST's four raw files: 320 and 60 images of squares in noise."""
     root = tmp_path_factory.mktemp('data')
     raw = root / 'FashionMNIST' / 'raw'
     raw.mkdir(parents=True)
@@ -21,6 +45,43 @@ def tiny_fashion(tmp_path_factory):
         images = rng.integers(0, 60, (count, 28, 28), dtype=np.uint8)
         for i, label in enumerate(labels):
             images[i, label:label + 12, 4:20] += 150
-        (raw / f'{part}-images-idx3-ubyte').write_bytes(struct.pack('>IIII', 2051, count, 28, 28) + images.tobytes())
-        (raw / f'{part}-labels-idx1-ubyte').write_bytes(struct.pack('>II', 2049, count) + labels.tobytes())
+        header = struct.pack('>IIII', 2051, count, 28, 28)
+        (raw / f'{part}-images-idx3-ubyte').write_bytes(header + images.tobytes())
+        header = struct.pack('>II', 2049, count)
+        (raw / f'{part}-labels-idx1-ubyte').write_bytes(header + labels.tobytes())
     return root
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, tiny_fashion):
+    """run(*flags) calls train.py's main in an empty folder and returns its folder of runs.
+
+    small=False leaves out the flags of the small run, as --resume needs it.
+    """
+    import train
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags, small=True):
+        small_flags = [*SMALL, '--data-root', str(tiny_fashion)] if small else []
+        train.main([*small_flags, *map(str, flags)])
+        return tmp_path / 'runs'
+    return call
+
+
+def torchrun(processes, script, *flags, cwd, timeout=200):
+    """A script of the project, such as 'train.py', run to its end in several processes.
+
+    The result has .returncode, .stdout and .stderr.
+    """
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+    command = [*launcher, '--nproc_per_node', str(processes), str(ROOT / script), *map(str, flags)]
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')}
+    environment['OMP_NUM_THREADS'] = '1'
+    return subprocess.run(command, cwd=cwd, env=environment, timeout=timeout,
+                          capture_output=True, text=True)
+
+
+def log_of(folder):
+    """The lines of a run's log.jsonl, as dictionaries."""
+    return [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]

@@ -1,5 +1,7 @@
+"""schedule.py against timm, brute force and hand-made tables of gradient errors."""
 import itertools
 import json
+import math
 import random
 
 import pytest
@@ -7,147 +9,324 @@ import torch
 from timm.scheduler import PolyLRScheduler
 
 import schedule as schedule_file
-from schedule import (Schedule, best_path, cosine, cost_adjusted_mse, errors_over_progress, polynomial, ramp, solve, warmup)
+from compress import Compression
+from schedule import (RULES, Schedule, best_path, cosine, cost_adjusted_mse,
+                      errors_over_progress, polynomial, ramp, revise, solve, warmup)
+
+P4, P8, DROPPED = Compression(4), Compression(8), Compression(8, 0.5)
 
 
-def test_curves():
-    assert [round(polynomial(p), 4) for p in (0, .25, .5, .75, 1)] == [1, .9375, .75, .4375, 0]
-    assert [round(cosine(p), 4) for p in (0, .25, .5, .75, 1)] == [1, .8536, .5, .1464, 0]
-    assert all(polynomial(p / 100) > cosine(p / 100) for p in range(1, 100))
-    # MoCo-v3's momentum at 0, 25, 50, 75, 100 %
-    assert [round(ramp(0.99, 1, p), 8) for p in (0, .25, .5, .75, 1)] == [.99, .99146447, .995, .99853553, 1]
-    # DINO's weight decay
-    assert [round(ramp(0.04, 0.4, p), 6) for p in (0, .25, .5, .75)] == [.04, .092721, .22, .347279]
-    assert [warmup(p, 0.2) for p in (0, 0.1, 0.2, 0.9)] == [0, 0.5, 1, 1] and warmup(0, 0) == 1
+# ---- curves
+
+def test_curves_at_quarters():
+    quarters = (0, 0.25, 0.5, 0.75, 1)
+    waves = [cosine(p) for p in quarters]
+    momentum = [ramp(0.99, 1, p) for p in quarters]                       # MoCo-v3
+    decay = [ramp(0.04, 0.4, p) for p in quarters]                        # DINO
+    assert [polynomial(p) for p in quarters] == [1, 0.9375, 0.75, 0.4375, 0]
+    assert waves == pytest.approx([1, 0.8535534, 0.5, 0.1464466, 0])
+    assert momentum == pytest.approx([0.99, 0.99146447, 0.995, 0.99853553, 1], abs=1e-8)
+    assert decay == pytest.approx([0.04, 0.092721, 0.22, 0.347279, 0.4], abs=1e-6)
+
+
+def test_warmup():
+    assert [warmup(p, 0.2) for p in (0, 0.1, 0.2, 0.9)] == [0, 0.5, 1, 1]
+    assert warmup(0, 0) == 1
 
 
 @pytest.mark.parametrize('alpha', (1, 2, 3))
 def test_polynomial_equals_timm(alpha):
-    scheduler = PolyLRScheduler(torch.optim.SGD([torch.zeros(1)], lr=1.0), t_initial=100, power=1.0, k_decay=alpha)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = PolyLRScheduler(optimizer, t_initial=100, power=1.0, k_decay=alpha)
     for t in range(100):
-        assert abs(scheduler._get_lr(t)[0] - polynomial(t / 100, alpha)) < 1e-9
+        scheduler.step(t)
+        theirs = optimizer.param_groups[0]['lr']
+        assert polynomial(t / 100, alpha) == pytest.approx(theirs, abs=1e-9)
 
 
-def test_schedule_at_and_text():
+# ---- a schedule and its text
+
+def test_a_stage_begins_at_its_progress():
     schedule = Schedule.parse('p8-drop0.50@0, p8@0.25,p4@0.7')
-    assert [schedule.at(p) for p in (0, 0.2499, 0.25, 0.6999, 0.7, 1)] == ['p8-drop0.50', 'p8-drop0.50', 'p8', 'p8', 'p4', 'p4']
-    assert Schedule.parse(str(schedule)) == schedule == Schedule.from_json(schedule.to_json())
-    assert Schedule.parse('p8').at(0.5) == 'p8'
+    assert schedule.at(0) == schedule.at(0.2499) == DROPPED
+    assert schedule.at(0.25) == schedule.at(0.6999) == P8
+    assert schedule.at(0.7) == schedule.at(1) == P4
+    assert Schedule.parse('p8').at(0.5) == P8
 
 
-@pytest.mark.parametrize('text', ['p8@0.1', 'p8@0,p4@0', 'p8@0,p4@0.9,p2@0.5', 'p8@0,p4@1', 'p8@x', 'p8@0,p4@-1', 'p8@0,p4@nan'])
-def test_schedule_refuses(text):
-    with pytest.raises(ValueError, match='schedule|stages'):
+@pytest.mark.parametrize('start', (0.7, 1 / 3, 0.1 + 0.2, 1e-7, 0.9999999))
+def test_the_text_of_a_schedule_is_read_back(start):
+    """To the last digit: auto's stages begin anywhere, and a resumed run reads the text."""
+    schedule = Schedule(((0.0, DROPPED), (start, P4)))
+    assert Schedule.parse(str(schedule)) == schedule
+
+
+def test_the_text_of_a_schedule_is_short():
+    assert str(Schedule(((0.0, DROPPED), (0.7, P4)))) == 'p8-drop0.50@0,p4@0.7'
+
+
+BAD_SCHEDULES = [
+    ('', "'' is not a compression"),
+    ('fast', "'fast' is not a compression"),
+    ('p8-drop1.5', 'drop rate 1.5 is outside'),
+    ('p8@x', "stage 'p8@x' of the schedule is not NAME@PROGRESS"),
+    ('p8@0.1', 'begins at progress 0, not 0.1'),
+    ('p8@0,p4@0', r'not at \[0.0, 0.0\]'),
+    ('p8@0,p4@0.9,p2@0.5', r'not at \[0.0, 0.9, 0.5\]'),
+    ('p8@0,p4@1', r'not at \[0.0, 1.0\]'),
+    ('p8@0,p4@-1', r'not at \[0.0, -1.0\]'),
+    ('p8@0,p4@nan', r'not at \[0.0, nan\]'),
+]
+
+
+@pytest.mark.parametrize('text, message', BAD_SCHEDULES)
+def test_a_wrong_schedule_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
         Schedule.parse(text)
 
 
 # ---- the solver
 
-def table(strategies, points=(0, 0.5, 1), error=0.0):
-    """strategies: {name: (cost, bias2 per point, variance per point)}"""
-    return [dict(progress=p, strategy=name, cost=c, bias2=b[i], bias2_sem=error, variance=v[i], variance_sem=error, norm2=1.0)
-            for i, p in enumerate(points) for name, (c, b, v) in strategies.items()]
+def table(strategies, points=(0, 0.5, 1), sem=0.0):
+    """Rows of gradient errors with norm2 = 1; strategies: {strategy: (cost, bias2, variance)}.
+
+    bias2 and variance are numbers, or lists with one number for each point of progress.
+    """
+    rows = []
+    for i, progress in enumerate(points):
+        for strategy, (cost, *columns) in strategies.items():
+            bias2, variance = [c[i] if isinstance(c, list) else c for c in columns]
+            rows.append(dict(
+                progress=progress, strategy=strategy, cost=cost, norm2=1.0,
+                bias2=bias2, bias2_sem=sem, variance=variance, variance_sem=sem,
+                cosine=1.0, cosine_sem=0.0, slope=1.0, slope0=1.0))
+    return rows
 
 
-def random_values(rng, strategies, length):
-    """Values by strategy, and costs, of which some are equal."""
-    cost = lambda: rng.choice((0.2, 0.5, rng.uniform(0.1, 1)))
-    return {f's{k}': [rng.uniform(0, 1) for _ in range(length)] for k in range(strategies)}, {f's{k}': cost() for k in range(strategies)}
+def random_table(seed):
+    """(values, costs) of up to 4 strategies at up to 6 points, a third of them full of ties."""
+    rng = random.Random(seed)
+    names = 'abcd'[:rng.randint(1, 4)]
+    length = rng.randint(1, 6)
+    digits = 0 if seed % 3 == 0 else 9
+    values = {}
+    costs = {}
+    for name in names:
+        values[name] = [round(rng.random(), digits) for _ in range(length)]
+        costs[name] = rng.choice((0.2, 0.5, rng.random()))
+    return values, costs
 
 
 @pytest.mark.parametrize('seed', range(60))
 def test_best_path_equals_brute_force(seed):
-    rng = random.Random(seed)
-    values, costs = random_values(rng, rng.randint(1, 4), rng.randint(1, 6))
-    if seed % 3 == 0:  # many exact ties
-        values = {s: [round(v) for v in column] for s, column in values.items()}
-    length = len(values['s0'])
-    paths = list(itertools.product(values, repeat=length))
-    total = lambda path: sum(values[s][i] for i, s in enumerate(path))
-    rising = [path for path in paths if all(costs[a] <= costs[b] for a, b in zip(path, path[1:]))]
-    found = best_path(values, costs)
-    assert tuple(found) in rising and total(found) == pytest.approx(min(map(total, rising)))
+    """Over all paths; of equal ones, the pointwise path takes the cheaper."""
+    values, costs = random_table(seed)
+
+    def total(path):
+        return sum(values[name][i] for i, name in enumerate(path))
+
+    points = range(len(values['a']))
+    paths = itertools.product(values, repeat=len(points))
+    rising = [path for path in paths if sorted(path, key=costs.get) == list(path)]
+    found = tuple(best_path(values, costs))
+    assert found in rising
+    assert total(found) == pytest.approx(min(map(total, rising)))
+    pointwise = []
+    for i in points:
+        pointwise.append(min(values, key=lambda name: (values[name][i], costs[name])))
     free = best_path(values, costs, monotone=False)
-    assert total(free) == pytest.approx(min(map(total, paths)))
-    for i, s in enumerate(free):  # a tie goes to the cheaper
-        assert not any(values[t][i] == values[s][i] and costs[t] < costs[s] for t in values)
+    assert total(free) == pytest.approx(total(pointwise))
+    assert [costs[name] for name in free] == [costs[name] for name in pointwise]
 
 
 def test_monotone_optimum_is_global_not_greedy():
-    # the pointwise minimum falls back at the end; taking 'b' early would forbid 'a' for good
-    values = {'a': [1.0, 1.0, 0.0], 'b': [2.0, 0.9, 9.0]}
-    assert best_path(values, {'a': 0.1, 'b': 1.0}) == ['a', 'a', 'a']
-    assert best_path(values, {'a': 0.1, 'b': 1.0}, monotone=False) == ['a', 'b', 'a']
+    """'b' is better in the middle, but then the cheap 'a' could not follow: 2 against 10.9."""
+    values = dict(a=[1.0, 1.0, 0.0], b=[2.0, 0.9, 9.0])
+    costs = dict(a=0.1, b=1.0)
+    assert best_path(values, costs) == ['a', 'a', 'a']
+    assert best_path(values, costs, monotone=False) == ['a', 'b', 'a']
 
 
-def test_ties_within_the_error_bars_go_to_the_cheaper():
-    strategies = {'p4': (1, (0, 0, 0), (1, 1, 1)), 'p8': (0.25, (0.8, 0.8, 0.8), (1, 1, 1))}
-    assert solve(table(strategies)).stages == ((0.0, 'p4'),)
-    assert solve(table(strategies, error=0.1)).stages == ((0.0, 'p8'),)
-    assert solve(table(strategies, error=0.02)).stages == ((0.0, 'p4'),)
+def test_ca_mse_by_hand():
+    """0.2 + 0.25 1 = 0.45; a negative estimate of bias^2 counts as 0."""
+    assert cost_adjusted_mse(0.2, 1, 0.25) == pytest.approx(0.45)
+    assert cost_adjusted_mse(-0.1, 1, 0.25, horizon=10) == pytest.approx(0.025)
 
 
-def test_horizon_weighs_bias():
-    strategies = {'p4': (1, (0, 0), (1, 1)), 'p8': (0.25, (0.2, 0.2), (1, 1))}
-    rows = table(strategies, (0, 1))
-    assert solve(rows).at(0.5) == 'p8' and solve(rows, horizon=10).at(0.5) == 'p4'
-    assert cost_adjusted_mse(0.2, 1, 0.25) == pytest.approx(0.45) and cost_adjusted_mse(-0.1, 1, 0.25, 10) == pytest.approx(0.025)
+@pytest.mark.parametrize('sem, chosen', [(0, P4), (0.02, P4), (0.1, P8)])
+def test_what_the_error_bars_cannot_tell_apart_goes_to_the_cheaper(sem, chosen):
+    """CA-MSE: p4 0 + 1, p8 0.8 + 0.25 = 1.05, each +- sem: a difference of 0.05 +- 1.4 sem."""
+    rows = table({P4: (1, 0, 1), P8: (0.25, 0.8, 1)}, sem=sem)
+    assert solve(rows).stages == ((0.0, chosen),)
 
 
 def test_errors_are_log_linear_between_measurements():
-    strategies = {'p4': (1, (0, 0), (1, 4)), 'p8': (0.5, (0, 0), (2, 8))}
-    grid, errors = errors_over_progress(table(strategies, (0.2, 0.6)))
-    values = dict(zip(grid, (v for v, _ in errors['p4'])))
-    assert values[0.0] == values[0.2] == pytest.approx(1) and values[0.4] == pytest.approx(2) and values[0.8] == values[1.0] == pytest.approx(4)
+    """1 at 0.2 and 4 at 0.6: 2 half way between, constant outside."""
+    rows = table({P4: (1, 0, [1, 4])}, points=(0.2, 0.6))
+    _, errors = errors_over_progress(rows, points=6)
+    values = [value for value, _ in errors[P4]]
+    assert values == pytest.approx([1, 1, 2, 4, 4, 4])
 
 
-def test_crossing_is_where_the_logarithms_cross():
-    strategies = {'p4': (1, (0, 0), (1, 1)), 'p8': (0.5, (0, 0), (0.5, 8))}  # 0.25 -> 4 crosses 1 half way
-    schedule = solve(table(strategies, (0, 1)))
-    assert [s for _, s in schedule.stages] == ['p8', 'p4'] and schedule.stages[1][0] == pytest.approx(0.5, abs=0.011)
+def test_the_schedule_changes_where_the_logarithms_cross():
+    """p8 rises from 0.25 to 4, p4 stays at 1: 0.25 16^p = 1 at p = 0.5. The grid step is 0.01."""
+    rows = table({P4: (1, 0, 1), P8: (0.5, 0, [0.5, 8])}, points=(0, 1))
+    schedule = solve(rows)
+    assert [strategy for _, strategy in schedule.stages] == [P8, P4]
+    assert schedule.stages[1][0] == pytest.approx(0.5, abs=0.011)
 
 
-GOOD = {'p4': (1, (0, 0, 0), (1, 1, 1)), 'p8': (0.25, (0.1, 0.2, 0.3), (1, 1, 1))}
+def broken(change):
+    """A table of p4 and p8 at 0, 0.5 and 1 with one fault."""
+    rows = table({'p4': (1, 0, 1), 'p8': (0.25, 0.1, 1)})
+    if change == 'no rows':
+        return []
+    if change == 'a row missing':
+        return rows[:-1]
+    if change == 'a row twice':
+        return rows + rows[:1]
+    if change == 'no p4':
+        return rows[1::2]
+    rows[2].update(change)
+    return rows
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda rows: rows.pop(3), 'p8 is missing at progress 0.5'),
-    (lambda rows: [rows.remove(r) for r in rows[::2]], 'base strategy is missing'),
-    (lambda rows: rows[2].update(bias2=float('nan')), r'row 3 \(p4 at progress 0.5\): bias2 is nan'),
-    (lambda rows: rows[1].update(cost=0), r'row 2 \(p8 at progress 0\): cost 0'),
-    (lambda rows: rows[1].update(cost=0.3), 'but 0.3 at another|cost 0.25, but'),
-    (lambda rows: rows.append(dict(rows[1])), 'row 7 .*measured before, in row 2'),
-    (lambda rows: rows[1].pop('variance'), 'row 2 .*variance is None'),
-    (lambda rows: rows[0].update(norm2=-0.1), 'row 1 .*lost in noise'),
-    (lambda rows: rows[1].update(norm2=0.1, norm2_sem=0.2), 'row 2 .*lost in noise'),
-    (lambda rows: rows[1].pop('strategy'), 'row 2 .*strategy must be a name'),
-    (lambda rows: rows[0].update(progress=1.2), 'outside'),
-    (lambda rows: rows.clear(), 'empty'),
-])
-def test_bad_tables_are_refused(change, message):
-    rows = table(GOOD)
-    change(rows)
+BAD_TABLES = [
+    ('no rows', 'the uncompressed strategy is missing'),
+    ('no p4', 'the uncompressed strategy is missing'),
+    ('a row missing', r'has 5 rows; it needs every strategy \(p4, p8\) once'),
+    ('a row twice', 'has 7 rows'),
+    (dict(norm2=-0.1), 'norm2 is -0.1 .* at progress 0.5: the true gradient is lost in noise'),
+    (dict(norm2=0.1, norm2_sem=0.2), r'norm2 is 0.1 \+- 0.2 at progress 0.5'),
+    (dict(norm2=math.nan), 'norm2 is nan'),
+]
+
+
+@pytest.mark.parametrize('change, message', BAD_TABLES)
+def test_a_wrong_table_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        solve(rows)
+        solve(broken(change))
 
 
-def test_command_line(tmp_path, monkeypatch, capsys):
-    (tmp_path / 'g.jsonl').write_text('\n'.join(json.dumps(row) for row in table(
-        {'p4': (1, (0, 0, 0), (1, 1, 1)), 'p8': (0.25, (0.1, 0.4, 2), (1, 1, 1))})))
-    monkeypatch.setattr('sys.argv', ['schedule.py', str(tmp_path / 'g.jsonl'), '-o', str(tmp_path / 's.json'), '--budget', '0.1'])
+# ---- our own rules
+
+ROW = dict(cost=0.5, norm2=4, mean2=2, inner=2, inner_sem=0.1, variance=4,
+           slope=3, slope_sem=0.3, slope0=4)
+
+
+def test_gain_by_hand():
+    """c slope0 / slope = 0.5 4 / 3 = 2/3, with the relative error of the slope, 0.1."""
+    assert RULES['gain'](ROW) == pytest.approx((2 / 3, 2 / 30))
+    assert RULES['gain'](dict(ROW, slope=-3))[0] > 1e6                    # does not descend
+
+
+def test_best_length_is_the_least_error_over_all_lengths():
+    """min over s of |s E g - E g0|^2 + c s^2 variance, for vectors with the products of ROW.
+
+    1 - 2^2 / (4 (2 + 0.5 4)) = 0.75, with the error 2 2 0.1 / 16.
+    """
+    g0 = torch.tensor([2.0, 0.0])
+    g = torch.tensor([1.0, 1.0])
+    s = torch.linspace(-2, 2, 4001)[:, None]
+    errors = (s * g - g0).square().sum(dim=1) + 0.5 * 4 * s[:, 0] ** 2
+    value, sem = RULES['best-length'](ROW)
+    assert value == pytest.approx(errors.min().item() / 4) == 0.75
+    assert sem == pytest.approx(0.025)
+    assert RULES['best-length'](dict(ROW, inner=-2))[0] == 1.25           # points the wrong way
+
+
+# ---- auto: revise the schedule half way
+
+AUTO = [
+    # bias^2 of p8 and its error, of p8-drop0.50 and its error; what follows p8
+    (0.10, 0.0, 2.0, 0.0, P8),                                # is the lowest
+    (1.50, 0.0, 2.0, 0.0, P4),                                # p4 is the lowest
+    (1.50, 5.0, 2.0, 5.0, P8),                                # nothing can be told apart
+    (0.71, 0.0051, 2.0, 0.0, P8),                             # 0.01 above p4, 1.96 errors
+    (0.71, 0.0049, 2.0, 0.0, P4),                             # 0.01 above p4, 2.04 errors
+    (1.50, 0.0, 2.0, 5.0, DROPPED),                           # tied with p4, and cheaper
+]
+
+
+def measured(p8, p8_sem, dropped, dropped_sem):
+    """Rows at 0.3. CA-MSE: p4 1, p8 0.3 + its bias^2, p8-drop0.50 0.2 + its bias^2."""
+    common = dict(progress=0.3, variance=1.0, variance_sem=0.0)
+    return [
+        dict(common, strategy=P4, cost=1.0, bias2=0.0, bias2_sem=0.0),
+        dict(common, strategy=P8, cost=0.3, bias2=p8, bias2_sem=p8_sem),
+        dict(common, strategy=DROPPED, cost=0.2, bias2=dropped, bias2_sem=dropped_sem),
+    ]
+
+
+@pytest.mark.parametrize('norm2', (4.0, -1.0))
+@pytest.mark.parametrize('p8, p8_sem, dropped, dropped_sem, chosen', AUTO)
+def test_auto(p8, p8_sem, dropped, dropped_sem, chosen, norm2):
+    """All rows share one norm2, so its value does not matter, not even if it is lost in noise."""
+    rows = measured(p8, p8_sem, dropped, dropped_sem)
+    rows = [dict(row, norm2=norm2) for row in rows]
+    revised = revise(Schedule(((0.0, P8),)), rows, 0.3)
+    assert revised.at(0.2) == P8
+    assert revised.at(0.3) == revised.at(1) == chosen
+
+
+def test_auto_leaves_a_strategy_that_was_not_measured():
+    now = Schedule(((0.0, Compression(16)),))
+    rows = [dict(row, norm2=1.0) for row in measured(0.1, 0.0, 2.0, 0.0)]
+    assert revise(now, rows, 0.3).at(0.3) == P8
+
+
+# ---- the command
+
+def call_main(monkeypatch, *flags):
+    monkeypatch.setattr('sys.argv', ['schedule.py', *map(str, flags)])
     schedule_file.main()
-    printed = capsys.readouterr().out
-    written = Schedule.from_json((tmp_path / 's.json').read_text())
-    assert [s for _, s in written.stages] == ['p8', 'p4'] and str(written) in printed
-    units = written.stages[1][0] * 1e5
-    assert f'{units:,.0f} units, {units / 0.25:12,.0f} samples'.replace(' ', '') in printed.replace(' ', '')
-    (tmp_path / 'g.jsonl').write_text('{"progress": 0}\nnonsense')
-    with pytest.raises(ValueError, match='line 2 is not a JSON object'):
-        schedule_file.main()
 
 
-def test_points():
-    assert Schedule.points('1,0,0.5') == [0, 0.5, 1]
-    for text in ('', 'a', '0,2', '-0.1'):
-        with pytest.raises(ValueError, match='progress points'):
-            Schedule.points(text)
+@pytest.fixture
+def stats_file(tmp_path):
+    """p8 is best until its bias^2 is 2 at the end. In the other metric it never is."""
+    p4 = (1, 0, 1)
+    adam = table({'p4': p4, 'p8': (0.25, [0.1, 0.4, 2], 1)})
+    euclidean = table({'p4': p4, 'p8': (0.25, 9, 1)})
+    lines = [dict(row, metric='adam') for row in adam]
+    lines += [dict(row, metric='euclidean') for row in euclidean]
+    path = tmp_path / 'gradstats.jsonl'
+    path.write_text('\n'.join(map(json.dumps, lines)))
+    return path
+
+
+def test_the_command_prints_a_schedule_for_train(stats_file, monkeypatch, capsys):
+    call_main(monkeypatch, stats_file, '--metric', 'adam')
+    text = capsys.readouterr().out.splitlines()[-1].removeprefix('--schedule ')
+    assert [strategy for _, strategy in Schedule.parse(text).stages] == [P8, P4]
+    call_main(monkeypatch, stats_file, '--metric', 'euclidean')
+    assert capsys.readouterr().out.splitlines()[-1] == '--schedule p4@0'
+
+
+def test_the_command_refuses_files_that_are_no_tables(stats_file, monkeypatch, tmp_path):
+    with pytest.raises(FileNotFoundError, match='no table at'):
+        call_main(monkeypatch, tmp_path / 'nowhere.jsonl')
+    with pytest.raises(ValueError, match='has no rows in the euclidean metric, only adam'):
+        stats_file.write_text(stats_file.read_text().replace('euclidean', 'adam'))
+        call_main(monkeypatch, stats_file, '--metric', 'euclidean')
+    stats_file.write_text('{"progress": 0}\nnonsense')
+    with pytest.raises(ValueError, match='is not a gradstats.jsonl'):
+        call_main(monkeypatch, stats_file)
+
+
+# ---- arguments out of range
+
+BAD_ARGUMENTS = [
+    (Schedule.parse('p8').at, (1.5,), 'progress 1.5'),
+    (Schedule.parse('p8').at, (math.nan,), 'progress nan'),
+    (cosine, (1.5,), 'progress 1.5'),
+    (polynomial, (-0.1,), 'progress -0.1'),
+    (ramp, (0.99, 1, math.nan), 'progress nan'),
+    (Schedule, ((),), 'begins at progress 0, not nowhere'),
+]
+
+
+@pytest.mark.parametrize('function, arguments, message', BAD_ARGUMENTS)
+def test_arguments_out_of_range(function, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)

@@ -1,0 +1,265 @@
+"""The life of a run: its processes, its folder, how it stops and how it goes on.
+
+A run leaves in runs/NAME/: args.json, log.jsonl (a line per log step or score), checkpoint.pt (all
+that --resume needs), backbone.pt (the encoder in timm's names), curves.png and, if asked for,
+gradstats.jsonl. A killed run goes on from its last checkpoint and computes the same bits: every
+random draw has a key such as (seed, rank, step), so nothing depends on earlier draws.
+"""
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import worker_error
+from losses import mean_over_ranks
+from weights import read
+
+try:
+    import fcntl
+except ImportError:                                  # Windows: two processes can resume one run
+    fcntl = None
+
+
+@dataclass
+class State:
+    """How far a run has come. With the weights and the optimizer it is all that --resume needs."""
+    schedule: str                                    # as text; auto changes it on the way
+    step: int = 0
+    samples: int = 0
+    units: float = 0.0                               # spent of the budget
+    seconds: float = 0.0
+    seconds_data: float = 0.0                        # of these, waiting for data
+    seen: float = -1.0                               # progress whose marks have been dealt with
+    warned: list = field(default_factory=list)       # warnings that were said
+
+
+def marks(every):
+    """Points of progress 0, every, 2 every, ..., 1."""
+    return [i * every for i in range(math.ceil(1 / every))] + [1.0]
+
+
+# ---------------------------------------------------------------- processes
+
+def process_numbers():
+    """(rank, number of processes) that torchrun gives; (0, 1) without it."""
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    if world == 1:
+        tasks = int(os.environ.get('SLURM_STEP_NUM_TASKS', 1))
+        if tasks > 1:
+            raise ValueError(f'srun started {tasks} processes that do not know of each other; '
+                             f'start one per node and let it run torchrun (README: several nodes)')
+        return 0, 1
+    missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+    if missing:
+        raise ValueError(f'WORLD_SIZE is {world}, but {", ".join(missing)} is not set; start with '
+                         f'torchrun, or unset WORLD_SIZE')
+    return int(os.environ['RANK']), world
+
+
+def join_processes(device):
+    # DistributedDataParallel imports this module. If it did so after the group exists, the threads
+    # of gloo would outlive the group and could abort the process at exit (seen with torch 2.15).
+    import torch._dynamo  # noqa: F401
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+
+
+def agree(loss, stop_number):
+    """(mean loss, signal to stop) over all processes, so that they stop at the same step."""
+    signalled = loss.new_tensor([stop_number, float(stop_number > 0)])
+    loss, number, share = mean_over_ranks(torch.cat([loss.detach()[None], signalled])).tolist()
+    return loss, round(number / share) if share else 0
+
+
+class StopSignal:
+    """Remembers a signal to stop, so that the step can be finished; a second one stops at once."""
+
+    def __init__(self):
+        self.number = 0
+        for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self.receive)
+
+    def receive(self, number, frame):
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+
+    def exit_status(self):
+        """0 for a scheduler's warning (SIGUSR1), else as a shell reports the signal: 143, 130."""
+        usr1 = getattr(signal, 'SIGUSR1', None)
+        return 0 if self.number in (0, usr1) else 128 + self.number
+
+
+# ---------------------------------------------------------------- files of a run
+
+def load_checkpoint(folder):
+    path = folder / 'checkpoint.pt'
+    if not path.is_file():
+        raise FileNotFoundError(f'no checkpoint at {path}; --resume takes the folder of a run, '
+                                f'such as runs/moco-shapes-0')
+    checkpoint = read(path)
+    if not isinstance(checkpoint, dict) or 'args' not in checkpoint:
+        raise ValueError(f'{path} is no checkpoint of train.py')
+    if 'state' not in checkpoint:
+        raise ValueError(f'{path} is of an earlier version, whose unit was a whole training sample '
+                         f'and not a forward pass; finish it with that version')
+    return checkpoint
+
+
+def forget_after(path, step):
+    """Cut off the lines of later steps, which a resumed run writes again, and one that a crash
+    left."""
+    if not path.exists():
+        return
+    kept = 0
+    with open(path, 'rb+') as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                break
+            if line['step'] > step:
+                break
+            kept += len(text)
+        file.truncate(kept)
+
+
+def new_folder(args):
+    if args.name:
+        folder = Path('runs') / args.name
+        if folder.exists():
+            raise FileExistsError(f'{folder} exists; choose another --name, or --resume {folder}')
+        return folder
+    number = 0
+    while True:
+        folder = Path('runs') / f'{args.method}-{args.dataset}-{number}'
+        if not folder.exists():
+            return folder
+        number += 1
+
+
+def open_log(folder):
+    """The log of a run, open to append. It is locked, so that no second process goes on with the
+    run.
+
+    The lock ends with this process, however it ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = open(folder / 'log.jsonl', 'a')
+    if fcntl:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f'{folder} is in use by another process; wait for it '
+                             f'or stop it') from None
+    return log
+
+
+def snapshot(run):
+    """What checkpoint.pt holds: tensors and plain types only."""
+    flags = {name: value for name, value in vars(run.args).items()
+             if name not in ('resume', 'max_steps', 'dry_run')}
+    return dict(args=flags, state=dataclasses.asdict(run.state), method=run.method.state_dict(),
+                optimizer=run.optimizer.state_dict(), **run.identity)
+
+
+def restore(run, checkpoint):
+    """Put a checkpoint's weights, optimizer and state in place, and its files back to that step."""
+    for name, now in run.identity.items():
+        if checkpoint[name] != now:
+            raise ValueError(f'the run had {name} {checkpoint[name]}, now it is {now}: it would be '
+                             f'another run; resume it as it was')
+    try:
+        run.method.load_state_dict(checkpoint['method'])
+        run.optimizer.load_state_dict(checkpoint['optimizer'])
+        run.state = State(**checkpoint['state'])
+        if run.args.schedule != checkpoint['args']['schedule']:   # given anew on the command line
+            run.state.schedule = str(run.plan.schedule)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f'the checkpoint does not fit the flags of this run: {reason}') from None
+    if run.state.units >= run.plan.budget:
+        raise ValueError(f'{run.args.resume} has spent its budget of {run.plan.budget:,.0f} units; '
+                         f'start a new run for a longer one')
+    if run.rank == 0:
+        forget_after(run.folder / 'log.jsonl', run.state.step)
+        forget_after(run.folder / 'gradstats.jsonl', run.state.step)
+
+
+def reason(error):
+    """The line that an error ends the run with, or None for one that nobody expected."""
+    text = str(error)
+    if isinstance(error, MemoryError) or 'out of memory' in text or "can't allocate" in text:
+        return 'out of memory; lower --batch-size or --img-size, or use more processes'
+    if 'DataLoader worker' in text:
+        return worker_error(error)
+    if isinstance(error, RuntimeError):
+        return None
+    return text
+
+
+# ---------------------------------------------------------------- what a person sees
+
+class Progress:
+    """A bar in a terminal; in a file a line a minute, without carriage returns."""
+
+    def __init__(self, budget, state, shown):
+        self.budget = budget
+        self.terminal = sys.stderr.isatty()
+        self.shown = shown
+        self.tau = None
+        self.line_at = time.perf_counter()
+        self.bar = tqdm(total=100, disable=not (shown and self.terminal), ncols=80,
+                        bar_format='{percentage:3.0f}% |{bar:8}| {postfix}')
+
+    def update(self, state, loss, tau):
+        if tau != self.tau:                            # the speed of the strategy in use
+            self.tau = tau
+            self.units = state.units
+            self.seconds = state.seconds
+        speed = (state.units - self.units) / max(1e-9, state.seconds - self.seconds)
+        left = (self.budget - state.units) / speed if speed else 0
+        text = (f'loss {loss:.3f}  {tau}  {state.samples / state.seconds:.0f} img/s  '
+                f'{tqdm.format_interval(max(0, left))} left')
+        percent = min(100, 100 * state.units / self.budget)
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(percent - self.bar.n)
+        if self.shown and not self.terminal and time.perf_counter() - self.line_at > 60:
+            self.line_at = time.perf_counter()
+            print(f'{percent:3.0f} %  {text}', flush=True)
+
+    def close(self):
+        self.bar.close()
+
+
+def collapse_warning(metrics, outputs):
+    """Plain words when the features say nothing about the images any more, or None."""
+    if metrics['feature_spread'] < 0.01:
+        return ('all images have nearly the same feature (spread below 0.01): collapsed. '
+                'Lower --lr, lengthen --warmup, or --freeze-patch-embed')
+    entropy = metrics.get('teacher_entropy', 1.0)
+    if entropy > 0.999 * math.log(outputs):
+        return "the teacher's outputs are uniform: collapsed. Lower --lr, or raise --momentum"
+    if entropy < 0.01:
+        return 'the teacher gives every image one and the same output: collapsed. Lower --lr'
+    return None
+
+
+def waiting_warning(state, relative_cost):
+    """Does waiting for data cost more than the compression saves? The numbers if so, or None."""
+    waiting = 1000 * state.seconds_data / state.step
+    working = 1000 * state.seconds / state.step - waiting
+    saved = working / relative_cost - working
+    if waiting > 0.2 * (working + waiting) or (0 < saved < waiting):
+        return (f'a step waits {waiting:.0f} ms for data and works {working:.0f} ms; compression '
+                f'saves about {saved:.0f} ms of it. Raise --workers, or store smaller files')
+    return None

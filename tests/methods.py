@@ -1,0 +1,71 @@
+"""Small MoCo, SimCLR and DINO, and one step of each in one process or in several."""
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from losses import DINO, MoCo, SimCLR
+from vit import ViT
+
+METHODS = ('moco', 'simclr', 'dino')
+SIZES = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+STEPS = {
+    'moco': dict(),
+    'moco, both directions': dict(symmetric=True),
+    'simclr': dict(),
+    'dino': dict(),
+}
+
+
+def build(name, encoder=None, **options):
+    encoder = encoder or ViT(**SIZES)
+    if name == 'moco':
+        return MoCo(encoder, hidden=48, out_dim=16, **options)
+    if name == 'simclr':
+        return SimCLR(encoder, hidden=48, out_dim=16, **options)
+    return DINO(encoder, hidden=48, bottleneck=16, out_dim=64, local_crops=2, **options)
+
+
+def views_of(name, b=8):
+    """Two views of 16 px, and for DINO two local ones of 8 px: always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    sides = (16, 16, 8, 8) if name == 'dino' else (16, 16)
+    return [torch.randn(b, 3, side, side, generator=generator) for side in sides]
+
+
+def without_batch_norm(method):
+    """LayerNorm in place of BatchNorm, whose statistics gloo cannot share between processes."""
+    for module in list(method.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm1d):
+                norm = nn.LayerNorm(child.num_features, elementwise_affine=False)
+                setattr(module, name, norm)
+    return method
+
+
+def one_step(title, rank=0, world=1):
+    """[loss, gradient, center] in float64, means over the processes, which share 8 images."""
+    name = title.split(',')[0]
+    torch.manual_seed(0)
+    method = without_batch_norm(build(name, **STEPS[title])).double()
+    views = [view.double().chunk(world)[rank] for view in views_of(name)]
+    loss, _ = method(views, patch_size=8)
+    loss.backward()
+    method.update_teacher(0.9)
+    gradients = [p.grad.flatten() for p in method.parameters() if p.grad is not None]
+    center = getattr(method, 'center', torch.zeros(1))
+    result = [loss.detach(), torch.cat(gradients), center]
+    if world > 1:
+        for value in result:
+            dist.all_reduce(value)
+        result = [value / world for value in result]
+    return result
+
+
+def worker(rank, world, folder):
+    """Process `rank` of `world`: every step, and rank 0 saves the results."""
+    meeting = f'file://{folder}/meeting'
+    dist.init_process_group('gloo', init_method=meeting, rank=rank, world_size=world)
+    results = {title: one_step(title, rank, world) for title in STEPS}
+    if rank == 0:
+        torch.save(results, f'{folder}/results.pt')
+    dist.destroy_process_group()

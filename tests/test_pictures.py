@@ -1,0 +1,312 @@
+"""Each picture as its command draws it, the claims that it makes, and colours that stay apart."""
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import pictures
+from compress import Compression, pi_resize
+from pictures import SIDE, looks, main, moco_cost, seen, square_image, stages_of
+from vit import ViT
+from weights import save
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def line(progress, query='p4', **values):
+    """A training line of log.jsonl, with what the picture reads of it."""
+    tokens = dict(p4=64, p8=16)[query]
+    return dict(progress=progress, loss=2 - progress, lr=1e-3, query=query, tokens=tokens, **values)
+
+
+def write_lines(path, lines):
+    path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of three scores and four training lines, the last two under another strategy."""
+    folder = tmp_path / 'moco-0'
+    folder.mkdir()
+    scores = [dict(progress=p, knn=30 + 40 * p, nn=30.0) for p in (0.0, 0.5, 1.0)]
+    steps = [line(0.2, 'p8'), line(0.5, 'p8'), line(0.7), line(1.0)]
+    write_lines(folder / 'log.jsonl', [*scores, *steps])
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / 'photo.jpg'
+    pixels = torch.arange(300 * 200 * 3).reshape(200, 300, 3) % 256
+    Image.fromarray(pixels.byte().numpy()).save(path)
+    return path
+
+
+@pytest.fixture
+def table(tmp_path):
+    """gradstats.jsonl in two metrics. At progress 0 the second gradient is lost in noise, and one
+    bias is negative: an estimate of no bias."""
+    path = tmp_path / 'gradstats.jsonl'
+    rows = []
+    for metric, progress in itertools.product(('euclidean', 'adam'), (0.0, 0.5, 1.0)):
+        norm2 = 0.01 if (metric, progress) == ('adam', 0.0) else 1.0
+        strategies = [('p4', 1.0, 0.0), ('p8', 0.3, 0.2), ('p8-drop0.50', 0.2, -0.1)]
+        for strategy, cost, bias2 in strategies:
+            rows.append(dict(progress=progress, strategy=strategy, cost=cost, metric=metric,
+                             bias2=bias2, bias2_sem=0.05, variance=2.0, variance_sem=0.1,
+                             norm2=norm2, norm2_sem=0.1))
+    write_lines(path, rows)
+    return path
+
+
+def size_of(path):
+    """Width and height in pixels. Raises where the file is not a whole PNG."""
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == 'PNG'
+        low, high = image.convert('L').getextrema()
+        assert low < 100 and high > 200, 'nothing is drawn'
+        return image.size
+
+
+# ---------------------------------------------------------------- the commands
+
+def test_every_command_writes_a_png_of_readme_width(run, photo, table, tmp_path):
+    """8 inches at 150 dots: 1200 pixels wide, so that 800 on a page are sharp on most screens."""
+    commands = [
+        ['compression', '--image', photo],
+        ['views'],
+        ['curves', run, run],
+        ['cost'],
+        ['gradstats', table],
+    ]
+    output = tmp_path / 'picture.png'
+    for command in commands:
+        output.unlink(missing_ok=True)
+        main([str(word) for word in [*command, '-o', output]])
+        width, height = size_of(output)
+        assert width == 1200, command
+        assert 450 < height < 1300, command
+
+
+def test_neighbours_of_a_backbone(tiny_fashion, tmp_path):
+    encoder = ViT(img_size=16, patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=2)
+    backbone = dict(model=encoder.state_dict(), config=encoder.config, mean=(0.3,), std=(0.3,),
+                    dataset='fashion_mnist')
+    path = tmp_path / 'backbone.pt'
+    save(backbone, path)
+    output = tmp_path / 'neighbours.png'
+    words = ['neighbours', '--weights', path, '--data-root', tiny_fashion, '-o', output]
+    main([str(word) for word in words])
+    assert size_of(output) == (1200, 930)
+
+
+def test_neighbours_are_the_nearest_and_other_classes_are_framed():
+    """Queries along two axes of the plane. The bank has four images near the first axis, one of
+    them of another class, and four near the second."""
+    angles = torch.tensor([0.0, 0.1, 0.2, 0.3, 1.3, 1.4, 1.5, 1.6])
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    labels = torch.tensor([0, 0, 7, 0, 1, 1, 1, 1])
+    shades = torch.arange(8).byte() * 30
+    images = shades[:, None, None, None].expand(-1, 1, 2, 2)
+    queries = (torch.eye(2), images[:2], torch.tensor([0, 1]))
+    figure = pictures.new_figure(2)
+    axes = figure.subplots(2, 3)
+    pictures.draw_neighbours(axes, queries, (features, images, labels), 'network')
+
+    drawn = [axis.images[0].get_array()[0, 0, 0] // 30 for axis in axes.flat]
+    framed = [bool(axis.spines['left'].get_visible()) for axis in axes.flat]
+    assert drawn == [0, 1, 2, 7, 6, 5] or drawn == [0, 1, 2, 6, 7, 5]
+    assert framed == [False, False, True, False, False, False]
+    assert axes[0, 1].get_title() == 'network: 5 of 6 of the same class'
+
+
+def test_images_without_labels_are_asked_about_each_other():
+    class Unlabelled:
+        def __len__(self):
+            return 100
+
+        def labelled_ids(self, split, limit=None):
+            return torch.tensor([], dtype=torch.long)
+
+    asked, among = pictures.queries_and_bank(Unlabelled())
+    assert asked[0] == among[0] == 'train'
+    together = torch.cat([asked[1], among[1]])
+    assert len(asked[1]) == 8
+    assert sorted(together.tolist()) == list(range(100))
+
+
+@pytest.mark.parametrize('words, message', [
+    ('curves NOWHERE', 'no log at'),
+    ('curves EMPTY', 'not a file of JSON lines'),
+    ('gradstats NOWHERE', 'no table at'),
+    ('compression --image NOWHERE', 'No such file'),
+    ('neighbours --weights NOWHERE', 'there is no file'),
+])
+def test_bad_paths_are_named(words, message, tmp_path):
+    (tmp_path / 'EMPTY').mkdir()
+    (tmp_path / 'EMPTY' / 'log.jsonl').write_text('step 1')
+    words = [str(tmp_path / word) if word.isupper() else word for word in words.split()]
+    with pytest.raises((OSError, ValueError), match=message):
+        main([*words, '-o', str(tmp_path / 'picture.png')])
+    assert not list(tmp_path.glob('picture*')), 'a partial file is left behind'
+
+
+# ---------------------------------------------------------------- what the network sees
+
+def test_seen_pixels_give_the_tokens_of_the_large_patches():
+    """The picture claims that a token of patch size 48 holds 16 x 16 pixels of it. So a kernel of
+    16 x 16 must give the same on the drawn pixels as the resized kernel on the photo."""
+    torch.manual_seed(0)
+    photo = torch.rand(1, 3, 240, 240) * 0.2 + 0.4           # smooth enough to stay in [0, 1]
+    photo = torch.nn.functional.avg_pool2d(photo, 5, stride=1, padding=2, count_include_pad=False)
+    kernel = torch.randn(4, 3, 16, 16)
+    drawn = seen(photo, Compression(48))
+    assert drawn.shape == (3, 80, 80)                        # 5 x 5 patches of 16 pixels
+    tokens = torch.nn.functional.conv2d(drawn[None], kernel, stride=16)
+    expected = torch.nn.functional.conv2d(photo, pi_resize(kernel, 48), stride=48)
+    torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_seen_uncompressed_is_the_image_and_dropout_leaves_a_share_of_it():
+    photo = square_image(side=SIDE) * 0.9                    # no pixel is white
+    torch.testing.assert_close(seen(photo, Compression(16)), photo[0], rtol=0, atol=1e-5)
+    drawn = seen(photo, Compression(16, 0.75))
+    left = (drawn < 1).all(dim=0).float().mean().item()
+    assert left == 49 / 196                                  # 0.25 of 14 x 14 patches
+
+
+def test_costs_are_the_papers_units():
+    """Query forward and backward are 3 units, key forward is 1. The images need no gradient, which
+    saves a little, and the heads add a little. An uncompressed key alone costs 1."""
+    assert moco_cost(Compression(16)) == pytest.approx(4, abs=0.02)
+    assert 1 < moco_cost(Compression(48, 0.9), 'query') < 1.1
+    assert moco_cost(Compression(48, 0.9), 'both') < 0.2
+
+
+# ---------------------------------------------------------------- curves
+
+def test_stages_follow_the_training_lines():
+    steps = [line(0.1, 'p8'), line(0.4, 'p8'), line(0.6, 'p4'), line(1.0, 'p8')]
+    assert stages_of(steps) == [('p8', 0.0, 0.4), ('p4', 0.4, 0.6), ('p8', 0.6, 1.0)]
+
+
+def test_curves_show_the_log(run):
+    figure = pictures.curves([run])
+    strategy, loss, accuracy, rate = figure.axes
+    assert strategy.get_title() == 'moco-0'
+    assert accuracy.get_title() == 'last: 70.0 %'
+    assert loss.lines[0].get_xydata().tolist() == [[0.2, 1.8], [0.5, 1.5], [0.7, 1.3], [1.0, 1.0]]
+    assert accuracy.lines[0].get_ydata().tolist() == [30, 50, 70]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ['p4', 'p8'], 'the strategy with most tokens comes first'
+
+
+@pytest.mark.parametrize('lines', [
+    [dict(progress=0.0, knn=30.0)],                          # the first score, before any step
+    [line(0.5), line(1.0)],                                  # images without labels: no score
+    [],
+])
+def test_curves_of_an_unfinished_or_unscored_run(lines, run):
+    write_lines(run / 'log.jsonl', lines)
+    pictures.curves_of_run(run)
+    assert size_of(run / 'curves.png') == (1200, 900)
+
+
+def test_a_full_disk_does_not_end_the_training(run, monkeypatch, capsys):
+    def full(path):
+        raise OSError(f'{path.name} cannot be written: no space left on the disk')
+
+    monkeypatch.setattr(pictures, 'replacing', full)
+    pictures.curves_of_run(run)
+    said = capsys.readouterr().out
+    assert said == 'warning: curves.png cannot be written: no space left on the disk\n'
+
+
+def test_without_matplotlib_training_goes_on_and_says_so_once(run):
+    """In a process of its own, where the import of matplotlib fails."""
+    code = ("import sys; sys.modules['matplotlib'] = None; import pictures; "
+            "pictures.curves_of_run(sys.argv[1]); pictures.curves_of_run(sys.argv[1])")
+    result = subprocess.run([sys.executable, '-c', code, run], cwd=ROOT, text=True,
+                            capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == 'no curves.png: matplotlib is missing; pip install matplotlib\n'
+    assert not (run / 'curves.png').exists()
+
+
+# ---------------------------------------------------------------- gradstats
+
+def test_gradstats_shows_fractions_of_the_squared_norm(tmp_path):
+    """norm2 = 4: bias^2 2 / 4 = 0.5, cost x variance 0.3 * 8 / 4 = 0.6, CA-MSE their sum, 1.1."""
+    row = dict(progress=0.5, strategy='p8', cost=0.3, metric='adam', bias2=2.0, bias2_sem=0.1,
+               variance=8.0, variance_sem=0.1, norm2=4.0, norm2_sem=0.1)
+    write_lines(tmp_path / 'gradstats.jsonl', [row])
+    figure = pictures.gradstats(tmp_path / 'gradstats.jsonl')
+    drawn = [axis.lines[0].get_ydata().item() for axis in figure.axes]
+    assert drawn == pytest.approx([0.5, 0.6, 1.1])
+
+
+def test_gradstats_leaves_out_what_noise_hides(table):
+    """Three strategies; in the second metric the gradient of progress 0 is lost."""
+    figure = pictures.gradstats(table)
+    variances = [figure.axes[1], figure.axes[4]]
+    for axis, progress in zip(variances, ([0, 0.5, 1], [0.5, 1])):
+        points = [container.lines[0].get_xdata().tolist() for container in axis.containers]
+        assert points == [progress] * 3
+    assert figure.get_suptitle() == 'adam: the gradient is lost in noise at progress 0'
+
+
+# ---------------------------------------------------------------- colours
+
+# Linear RGB as it is seen without one kind of cone, Machado et al. 2009, severity 1.
+VISION = dict(
+    normal=[[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    protanopia=[[0.152286, 1.052583, -0.204868],
+                [0.114503, 0.786281, 0.099216],
+                [-0.003882, -0.048116, 1.051998]],
+    deuteranopia=[[0.367322, 0.860646, -0.227968],
+                  [0.280085, 0.672501, 0.047413],
+                  [-0.011820, 0.042940, 0.968881]],
+    tritanopia=[[1.255528, -0.076749, -0.178779],
+                [-0.078411, 0.930809, 0.147602],
+                [0.004733, 0.691367, 0.303900]],
+)
+
+
+def lab(color, vision):
+    """CIE L*a*b* of '#RRGGBB' under a kind of vision, by the standard formulas for sRGB and D65."""
+    srgb = torch.tensor([int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = torch.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    linear = (torch.tensor(VISION[vision]).float() @ linear).clamp(0, 1)
+    to_xyz = torch.tensor([[0.4124, 0.3576, 0.1805],
+                           [0.2126, 0.7152, 0.0722],
+                           [0.0193, 0.1192, 0.9505]])
+    x, y, z = (to_xyz @ linear) / torch.tensor([0.9505, 1.0, 1.0890])
+    f = [t ** (1 / 3) if t > 0.008856 else 7.787 * t + 16 / 116 for t in (x, y, z)]
+    return torch.tensor([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def test_lab_of_red():
+    torch.testing.assert_close(lab('#FF0000', 'normal'), torch.tensor([53.2, 80.1, 67.2]),
+                               rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize('vision, distance', [
+    ('normal', 26), ('protanopia', 20), ('deuteranopia', 17), ('tritanopia', 16),
+])
+def test_colours_stay_apart(vision, distance):
+    """Delta E (CIE 1976) of the closest pair, on white too; 2 can just be told apart."""
+    colors = [lab(color, vision) for color in (*pictures.PALETTE, '#FFFFFF')]
+    closest = min((a - b).norm() for a, b in itertools.combinations(colors, 2))
+    assert closest > distance
+
+
+def test_many_strategies_keep_looks_of_their_own():
+    look = looks(range(56))
+    pairs = {(style['color'], style['marker']) for style in look.values()}
+    assert len(pairs) == 56
