@@ -93,6 +93,12 @@ def pick_precision(name, device):
     return torch.float32
 
 
+def note(line):
+    """Print a warning, once of several processes."""
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(f'warning: {line}', flush=True)
+
+
 def fail(line, status=1):
     """End this process with a last line.
 

@@ -37,7 +37,7 @@ class Compression:
     drop_rate: float = 0.0
 
     def __post_init__(self):
-        if int(self.patch_size) != self.patch_size or self.patch_size < 1:
+        if not isinstance(self.patch_size, int) or self.patch_size < 1:
             raise ValueError(f'patch size {self.patch_size} is not a whole number of pixels >= 1')
         if not 0 <= self.drop_rate < 1:
             raise ValueError(f'drop rate {self.drop_rate} is outside [0, 1)')

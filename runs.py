@@ -136,9 +136,9 @@ def forget_after(path, step):
 def new_folder(args):
     if args.name:
         folder = Path('runs') / args.name
-        if folder.exists():
+        if (folder / 'checkpoint.pt').exists():
             raise FileExistsError(f'{folder} exists; choose another --name, or --resume {folder}')
-        return folder
+        return folder                                # a run that never saved starts again in it
     number = 0
     while True:
         folder = Path('runs') / f'{args.method}-{args.dataset}-{number}'
@@ -147,7 +147,7 @@ def new_folder(args):
         number += 1
 
 
-def open_log(folder):
+def open_log(folder, new):
     """The log of a run, open to append. It is locked, so that no second process goes on with the
     run.
 
@@ -161,6 +161,8 @@ def open_log(folder):
         except OSError:
             raise ValueError(f'{folder} is in use by another process; wait for it '
                              f'or stop it') from None
+    if new:
+        log.truncate(0)
     return log
 
 

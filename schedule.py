@@ -132,6 +132,8 @@ def cost_of_gain(row):
 
     c(tau) slope(tau0) / slope(tau): spends what is saved on more steps, and not on larger batches.
     """
+    if row['slope0'] <= 0:
+        return 1.0, math.inf                          # lost in noise: nothing can be told
     if row['slope'] <= 0:
         return 1e9, 0.0                               # does not descend at all
     value = row['cost'] * row['slope0'] / row['slope']

@@ -1,16 +1,17 @@
 """Pretrain a ViT with a compressed token sequence.
 
-    python train.py                                          # rendered images, CPU, 2 to 3 minutes
-    python train.py --schedule none                          # the same compute, uncompressed
-    python train.py --dataset folder --data-root PHOTOS      # your own images
+    python train.py                                   # rendered images, minutes
+    python train.py --schedule none                   # as much, uncompressed
+    python train.py --dataset folder --data-root DIR  # your own images
     python train.py --arch vit_base --img-size 224 --patch-size 16 \\
-        --num-images 1281167 --budget 1537 --dry-run         # what would this run cost?
+        --num-images 1281167 --budget 1537 --dry-run  # what would this cost?
 
-The clock of a run is its budget in units, the paper's: one unit is one forward pass of the
-uncompressed encoder on one image. A sample under strategy tau spends c(tau) units
-(compress.sample_cost); an uncompressed sample of MoCo-v3 spends 4, its query forward and backward
-and its key forward. The run ends when the budget is spent, and every schedule (learning rate,
-momentum, weight decay, teacher temperature, compression) runs on progress = spent / budget.
+The clock of a run is its budget in units, the paper's: one unit is one forward
+pass of the uncompressed encoder on one image. A sample under strategy tau
+spends c(tau) units (compress.sample_cost). An uncompressed sample of MoCo-v3
+spends 4: query forward 1 and backward 2, key forward 1. The run ends when the
+budget is spent, and every schedule (learning rate, momentum, weight decay,
+teacher temperature, compression) runs on progress = spent / budget.
 """
 import dataclasses
 import functools
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 import losses
 import pictures
-from commandline import (Parser, count, count_or_zero, fail, fraction, not_negative, number,
+from commandline import (Parser, count, count_or_zero, fail, fraction, not_negative, note, number,
                          pick_device, pick_precision, positive, rate, side)
 from compress import Compression, rendered_side, sample_cost, tokens_of
 from data import DATASETS, batch_keys, load, shrink_note
@@ -65,6 +66,9 @@ ARCHS = dict(
     vit_small=dict(embed_dim=384, depth=12, num_heads=6),  # MoCo-v3 has --num-heads 12
     vit_base=dict(embed_dim=768, depth=12, num_heads=12),
 )
+UNUSED = dict(moco=['--local-crops', '--local-size'],
+              simclr=['--local-crops', '--local-size', '--symmetric', '--momentum'],
+              dino=['--symmetric'])
 SAVE_EVERY = 0.05                                    # of the budget, beside --save-minutes
 AUTO_SHARE = 0.05                                    # of the budget, for auto's one measurement
 GROUPS = 4                                           # of probe batches, for the error bars
@@ -102,6 +106,13 @@ def groups_of_four(text):
     return batches
 
 
+def interval(text):
+    every = fraction(text)
+    if 0 < every < 0.001:
+        raise ArgumentTypeError(f'{text} must be 0 or at least 0.001 of the budget')
+    return every
+
+
 def folder_name(text):
     if not re.fullmatch(r'[\w][\w.,@+-]*', text):
         raise ArgumentTypeError(f'{text!r} is no name for a folder; use letters, digits and . - _')
@@ -121,7 +132,7 @@ def build_parser():
                        help='DINO: number of local views (DINO: 8)')
     group.add_argument('--local-size', type=side, default=16,
                        help='DINO: side of the local views (DINO: 96)')
-    group.add_argument('--crop-scale', type=fraction,
+    group.add_argument('--crop-scale', type=number(float, 0.001, 1),
                        help="smallest area of a crop (default: the recipe's, 0.2 under 64 px)")
     group.add_argument('--workers', type=count_or_zero, default=2,
                        help='loader processes for images in files, of each training process')
@@ -146,7 +157,8 @@ def build_parser():
                        help='the defaults shown are those of the method given')
     group.add_argument('--hidden', type=side, default=512,
                        help='hidden width of the heads (MoCo-v3: 4096, DINO: 2048)')
-    group.add_argument('--out-dim', type=count, help='outputs of the heads (DINO: 65536)')
+    group.add_argument('--out-dim', type=number(int, 1, 10 ** 7),
+                       help='outputs of the heads (DINO: 65536)')
     group.add_argument('--temperature', type=positive, help='of the loss; DINO: of the student')
     group.add_argument('--symmetric', action='store_true',
                        help='MoCo-v3: each view is the query once (doubles the cost)')
@@ -161,10 +173,11 @@ def build_parser():
                        help='who drops tokens: query, student or first view alone, or both')
     group.add_argument('--patch-branch', default='both', choices=('query', 'both'),
                        help='who sees larger patches; query: the key stays uncompressed')
-    group.add_argument('--budget', type=positive, default=0.16,
-                       help='millions of units (paper: 25 to 200, ImageNet-1k 300 to 6150)')
-    group.add_argument('--epochs', type=positive,
-                       help='in place of --budget: uncompressed epochs that cost the same')
+    length = group.add_mutually_exclusive_group()
+    length.add_argument('--budget', type=positive, default=0.16,
+                        help='millions of units (paper: 25 to 200, ImageNet-1k 300 to 6150)')
+    length.add_argument('--epochs', type=positive,
+                        help='the budget as uncompressed epochs that cost the same')
 
     group = parser.add_argument_group('gradient errors')
     group.add_argument('--gradstats', type=progress_points, default=[], metavar='P,P,...',
@@ -178,7 +191,7 @@ def build_parser():
                        help='of the error; adam divides by the root of its second moment')
 
     group = parser.add_argument_group('optimization')
-    group.add_argument('--batch-size', type=count,
+    group.add_argument('--batch-size', type=number(int, 2, 10 ** 6),
                        help='images per step, over all processes (MoCo-v3: 4096)')
     group.add_argument('--lr', type=positive,
                        help='peak learning rate per 256 images (MoCo-v3: 1.5e-4, DINO: 5e-4)')
@@ -198,9 +211,9 @@ def build_parser():
                        help='auto: bfloat16 on a GPU that has it')
     group.add_argument('--compile', action='store_true', help='torch.compile the blocks')
     group.add_argument('--log-every', type=count, default=10, help='steps')
-    group.add_argument('--eval-every', type=fraction, default=0.25,
+    group.add_argument('--eval-every', type=interval, default=0.25,
                        help='progress between nearest-neighbour scores; 0: none')
-    group.add_argument('--save-minutes', type=positive, default=10,
+    group.add_argument('--save-minutes', type=number(float, 0.1, 1e6), default=10,
                        help='a checkpoint at least this often')
     group.add_argument('--max-steps', type=count, help='save and stop at this step')
     group.add_argument('--resume', metavar='RUN',
@@ -227,7 +240,7 @@ def parse_args(argv):
         if not known.name:
             raise ValueError('--resume auto goes on with the run of --name; give a --name')
         known.resume = Path('runs') / known.name
-        if not known.resume.exists():
+        if not (known.resume / 'checkpoint.pt').exists():
             known.resume = None
     if known.resume is not None:
         checkpoint = load_checkpoint(Path(known.resume))
@@ -238,6 +251,9 @@ def parse_args(argv):
     parser.set_defaults(**ARCHS.get(known.arch or saved.get('arch'), ARCHS['toy']))
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
+    unused = [flag for flag in UNUSED[args.method] if flag in argv]
+    if unused:
+        note(f'{args.method} does not use {", ".join(unused)}')
     args.resume = str(known.resume) if known.resume is not None else None
     return args, checkpoint
 
@@ -290,7 +306,8 @@ def build_schedule(args):
     if args.schedule == 'none':
         return Schedule(((0.0, Compression(p)),))
     if args.schedule in ('dynamic', 'auto'):
-        return Schedule(((0.0, Compression(2 * p, 0.5)),))
+        larger = min(2 * p, args.img_size)
+        return Schedule(((0.0, Compression(larger, 0.5)),))
     return Schedule.parse(args.schedule)
 
 
@@ -299,8 +316,8 @@ def build_grid(args):
     base = Compression(args.patch_size)
     if args.grid:
         return list(dict.fromkeys([base, *map(Compression.parse, args.grid)]))
-    return [Compression(times * args.patch_size, dropped)
-            for times in (1, 2, 4) for dropped in (0.0, 0.5)]
+    sizes = [times * args.patch_size for times in (1, 2, 4)]
+    return [Compression(p, rate) for p in sizes if p <= args.img_size for rate in (0.0, 0.5)]
 
 
 def build_optimizer(method, args, device):
@@ -649,7 +666,7 @@ def set_up(args, checkpoint):
     folder = log_file = None
     if rank == 0:
         folder = Path(args.resume) if checkpoint else new_folder(args)
-        log_file = open_log(folder)
+        log_file = open_log(folder, checkpoint is None)
     if world > 1:
         join_processes(device)
 
@@ -685,8 +702,9 @@ def set_up(args, checkpoint):
         run.say(line)
     if not scorable(data):
         run.say('score     none: it needs labels, and at least 20 labelled training images')
-    if note := shrink_note(data, args.img_size):
-        run.say(note)
+    shrunk = shrink_note(data, args.img_size)
+    if shrunk:
+        run.say(shrunk)
     if rank == 0:
         save(json.dumps(vars(args), indent=1), folder / 'args.json')
     return run
@@ -718,18 +736,23 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
         progress = run.progress                        # the clock of every schedule
         run.method.at(progress)                        # DINO: teacher temperature, last layer
 
+        # auto: once, half way, look how wrong each strategy is here, and go on with the best
+        if run.due(auto_at):
+            rows = measure(run, progress, probes, 'adam')
+            schedule = revise(schedule, rows, progress)
+            run.say(f'auto      at {100 * progress:.0f} %: on with {schedule.at(progress)}')
+            state.schedule = str(schedule)
+            # measuring is paid like training
+            state.units += probes * args.batch_size * sum(plan.cost[tau] for tau in plan.grid)
+            progress = run.progress
+            run.method.at(progress)
+
         # now and then, when progress passes a mark: score, measure, save
         if run.due(score_at) and run.rank == 0:
             score(run)
         for point in run.due(args.gradstats):
             for metric in args.metric:
                 measure(run, point, args.probe_batches, metric)
-        if run.due(auto_at):
-            rows = measure(run, progress, probes, 'adam')
-            schedule = revise(schedule, rows, progress)
-            run.say(f'auto      at {100 * progress:.0f} %: on with {schedule.at(progress)}')
-            state.schedule = str(schedule)
-            state.units += probes * args.batch_size * sum(plan.cost[tau] for tau in plan.grid)
         minutes = (time.perf_counter() - saved_at) / 60
         ends = progress == 1 or stop.number or state.step == args.max_steps
         saves = run.due(save_at) or minutes > args.save_minutes

@@ -1,7 +1,8 @@
 """Print the size and the density of each file: python tests/house.py [FILE ...]
 
-tokens: names, numbers, operators and strings, without comments and docstrings. A code line is a line
-that has one. prose: lines of docstrings and of comments on lines of their own, per 100 code lines.
+tokens: names, numbers, operators and strings, without comments and docstrings. A code line is a
+line that has one. prose: lines of docstrings and of comments on lines of their own, per 100 code
+lines.
 Above 10 tokens a code line, a file says too much at once.
 """
 import ast
@@ -52,6 +53,7 @@ if __name__ == '__main__':
         numbers = measure(path)
         totals = [a + b for a, b in zip(totals, numbers)]
         lines, code, tokens, prose = numbers
-        print(f'{path.name:24} {lines:6} {tokens:7,} {tokens / code:12.1f} {100 * prose / code:10.0f}')
+        print(f'{path.name:24} {lines:6} {tokens:7,} {tokens / code:12.1f} '
+              f'{100 * prose / code:10.0f}')
     lines, code, tokens, prose = totals
     print(f'{"sum":24} {lines:6} {tokens:7,} {tokens / code:12.1f} {100 * prose / code:10.0f}')

@@ -43,7 +43,11 @@ def without_batch_norm(method):
 
 
 def one_step(title, rank=0, world=1):
-    """[loss, gradient, center] in float64, means over the processes, which share 8 images."""
+    """(loss, gradient, center) in float64 of 8 images, of which each process has its share.
+
+    Loss and gradient are means over the processes, as DistributedDataParallel forms them. The
+    center is this process's own.
+    """
     name = title.split(',')[0]
     torch.manual_seed(0)
     method = without_batch_norm(build(name, **STEPS[title])).double()
@@ -52,13 +56,12 @@ def one_step(title, rank=0, world=1):
     loss.backward()
     method.update_teacher(0.9)
     gradients = [p.grad.flatten() for p in method.parameters() if p.grad is not None]
-    center = getattr(method, 'center', torch.zeros(1))
-    result = [loss.detach(), torch.cat(gradients), center]
+    means = [loss.detach(), torch.cat(gradients)]
     if world > 1:
-        for value in result:
+        for value in means:
             dist.all_reduce(value)
-        result = [value / world for value in result]
-    return result
+    center = getattr(method, 'center', torch.zeros(1))
+    return means[0] / world, means[1] / world, center
 
 
 def worker(rank, world, folder):
