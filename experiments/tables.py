@@ -1,0 +1,307 @@
+"""From runs to results: one file of all runs, the tables made from it, and the speed-ups.
+
+The speed-up of accelerated runs over an uncompressed one, for one seed:
+
+    a0, b0        final accuracy and budget of the uncompressed run
+    a(b)          final accuracy of the accelerated run with budget b, linear in log b in between
+    speed-up      b0 / b  at the smallest b with a(b) >= a0
+
+Each point of a(b) is a whole run with its own schedules, since half-way through a longer run the
+learning rate is still high. Nothing is extrapolated: where even the shortest accelerated run is
+better than a0, the speed-up is only known to be larger than that run's b0 / b, and where none is
+as good, a0 is not reached. In seconds it is the same, with the seconds of the runs in place of b.
+
+    crossing([(10, 50.0), (40, 60.0)], 55.0)         # 20: half way in the logarithm
+"""
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from weights import quoted, save  # noqa: E402
+
+RESULTS = ROOT / 'experiments' / 'results' / 'runs.jsonl'
+TITLES = dict(shapes='shapes', fashion_mnist='Fashion-MNIST', cifar10='CIFAR-10 (JPEG copy)')
+
+
+# ---------------------------------------------------------------- collect
+
+def read_log(folder):
+    """(training lines, score lines) of a run; both are empty before it begins."""
+    path = folder / 'log.jsonl'
+    steps = []
+    scores = []
+    if not path.is_file():
+        return steps, scores
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:             # a crash left half a line
+            break
+        kind = scores if 'knn' in line else steps
+        kind.append(line)
+    return steps, scores
+
+
+def finished(folder):
+    _, scores = read_log(folder)
+    return bool(scores) and scores[-1]['progress'] == 1
+
+
+def record_of(folder):
+    """A line of runs.jsonl: what run.json says of the run, and its scores."""
+    record = json.loads((folder / 'run.json').read_text())
+    steps, scores = read_log(folder)
+    last = scores[-1]
+    record['samples'] = steps[-1]['samples']
+    for key in ('units', 'seconds', 'nn', 'knn'):
+        record[key] = round(last[key], 2)
+    # over the budget, from the random network on; accuracies in percent
+    record['curve'] = [dict(units=round(line['units']), seconds=round(line['seconds'], 1),
+                            nn=round(line['nn'], 2), knn=round(line['knn'], 2)) for line in scores]
+    # the strategies, and the progress at which each is first in the log
+    record['strategies'] = {}
+    for line in steps:
+        record['strategies'].setdefault(line['query'], round(line['progress'], 3))
+    path = folder / 'eval.jsonl'
+    if path.exists():
+        lines = map(json.loads, path.read_text().splitlines())
+        record['eval'] = {line['name']: round(line['score'], 2) for line in lines}
+    return record
+
+
+def collect(runs, path):
+    """Add the finished runs in the folder `runs` to the file of results.
+
+    A run is known by its name: one that is there already is replaced by what its folder says now.
+    """
+    records = {}
+    if path.exists():
+        records = {record['name']: record for record in load_results(path)}
+    before = len(records)
+    done = 0
+    for note in sorted(runs.glob('*/run.json')):
+        if finished(note.parent):
+            record = record_of(note.parent)
+            records[record['name']] = record
+            done += 1
+    if not records:
+        raise FileNotFoundError(f'no finished run of a study below {quoted(runs)}; begin with '
+                                f'python experiments/reproduce.py run headline')
+    text = ''.join(json.dumps(record) + '\n' for record in records.values())
+    save(text, path)
+    print(f'{done} finished runs in {quoted(runs)}; {quoted(path)} has {len(records)}, '
+          f'{len(records) - before} of them new')
+
+
+def load_results(path=RESULTS):
+    """The records of runs.jsonl."""
+    if not path.is_file():
+        raise FileNotFoundError(f'no results at {quoted(path)}; python experiments/reproduce.py '
+                                f'collect makes them from finished runs')
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError:
+        raise ValueError(f'{quoted(path)} is not a file of JSON lines') from None
+    if not records:
+        raise ValueError(f'{quoted(path)} holds no runs')
+    return records
+
+
+def select(records, dataset, row):
+    """{budget: {seed: record}} of a row of a study, by rising budget."""
+    wanted = (dataset, row.method, row.schedule, row.variant)
+    found = {}
+    for record in sorted(records, key=lambda record: (record['budget'], record['seed'])):
+        kind = tuple(record[key] for key in ('dataset', 'method', 'schedule', 'variant'))
+        if kind == wanted:
+            by_seed = found.setdefault(record['budget'], {})
+            by_seed[record['seed']] = record
+    return found
+
+
+# ---------------------------------------------------------------- speed-up at equal accuracy
+
+def crossing(points, target):
+    """The x at which a curve through points (x, y), by rising x, first reaches y = target.
+
+    Linear in log x between the points. -inf if the curve starts at or above the target, inf if it
+    never gets there.
+    """
+    if points[0][1] >= target:
+        return -math.inf
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if y1 >= target:
+            part = (target - y0) / (y1 - y0)
+            return x0 * (x1 / x0) ** part
+    return math.inf
+
+
+def speed_ups(base, fast, budget, clock):
+    """(sign, ratio) for each seed, the sign '', '>' or 'not reached'.
+
+    base, fast: {budget: {seed: record}} of the uncompressed and of the accelerated runs. budget:
+    that of the uncompressed run. clock: 'units' or 'seconds'.
+    """
+    outcomes = []
+    for seed, reference in base[budget].items():
+        runs = [by_seed[seed] for by_seed in fast.values() if seed in by_seed]
+        if not runs:
+            continue
+        points = [(run[clock], run['knn']) for run in runs]
+        x = crossing(points, reference['knn'])
+        if x == math.inf:
+            outcomes.append(('not reached', 0.0))
+        elif x == -math.inf:
+            outcomes.append(('>', reference[clock] / points[0][0]))
+        else:
+            outcomes.append(('', reference[clock] / x))
+    return outcomes
+
+
+def speed_up_text(outcomes):
+    """'6.1 +- 0.4' if every seed has a number; else the bound that all share, or what each says."""
+    signs = {sign for sign, _ in outcomes}
+    ratios = [ratio for _, ratio in outcomes]
+    if signs == {''}:
+        return mean_and_spread(ratios, 1)
+    if signs == {'>'}:
+        return f'> {min(ratios):.1f}'
+    if signs == {'not reached'}:
+        return 'not reached'
+    texts = [sign if sign == 'not reached' else f'{sign} {ratio:.1f}' for sign, ratio in outcomes]
+    return ', '.join(text.strip() for text in texts)
+
+
+def speed_up_table(records, dataset, rows):
+    """A line for each accelerated row and each budget of its uncompressed runs, the largest first.
+    """
+    lines = []
+    for row in rows:
+        if row.schedule == 'none':
+            base = select(records, dataset, row)     # of the rows that follow
+            continue
+        fast = select(records, dataset, row)
+        for budget in sorted(base, reverse=True):
+            if not fast or budget <= min(fast):
+                continue               # nothing shorter was run
+            units = speed_ups(base, fast, budget, 'units')
+            seconds = speed_ups(base, fast, budget, 'seconds')
+            if units:
+                accuracy = mean_and_spread([run['knn'] for run in base[budget].values()])
+                lines.append([row.method, label(row), f'{budget:g}', accuracy, len(units),
+                              speed_up_text(units), speed_up_text(seconds)])
+    head = ['method', 'schedule', 'uncompressed budget, M', 'its 20-NN, %', 'n',
+            'times fewer units', 'times fewer seconds']
+    return markdown(head, lines)
+
+
+# ---------------------------------------------------------------- tables
+
+def mean_and_spread(values, digits=2):
+    text = f'{statistics.mean(values):,.{digits}f}'
+    if len(values) > 1:
+        text += f' +- {statistics.stdev(values):,.{digits}f}'
+    return text
+
+
+def markdown(head, lines):
+    """A table, or nothing without lines."""
+    if not lines:
+        return ''
+    rows = [head, ['---'] * len(head), *lines]
+    return '\n'.join(f'| {" | ".join(map(str, row))} |' for row in rows)
+
+
+def label(row):
+    return f'{row.schedule}, {row.variant}' if row.variant else row.schedule
+
+
+def score_table(records, dataset, rows):
+    """A line for each row and budget. Scores of eval.py have columns if any run has them."""
+    runs_of = {}
+    for row in rows:
+        for budget, by_seed in select(records, dataset, row).items():
+            runs_of[row, budget] = list(by_seed.values())
+    protocols = {name: None for runs in runs_of.values() for run in runs
+                 for name in run.get('eval', {})}
+    lines = []
+    for (row, budget), runs in sorted(runs_of.items(), key=lambda item: item[0][1]):
+        line = [row.method, label(row), f'{budget:g}', len(runs)]
+        for key, digits in (('samples', 0), ('seconds', 0), ('nn', 2), ('knn', 2)):
+            line.append(mean_and_spread([run[key] for run in runs], digits))
+        for name in protocols:
+            scores = [run['eval'][name] for run in runs if name in run.get('eval', {})]
+            line.append(mean_and_spread(scores) if scores else '')
+        lines.append(line)
+    head = ['method', 'schedule', 'budget, M', 'n', 'samples', 'seconds', 'NN, %', '20-NN, %']
+    return markdown([*head, *(f'{name}, %' for name in protocols)], lines)
+
+
+def section(title, records, studies, table):
+    """The tables of some studies, one for each data set, under their commands; '' without any."""
+    parts = [f'## {title}']
+    for name, study in studies.items():
+        for dataset in study.datasets:
+            text = table(records, dataset, study.rows)
+            if text:
+                command = f'python experiments/reproduce.py run {name} --datasets {dataset}'
+                parts += [f'{TITLES[dataset]}: `{command}`', text]
+    return '\n\n'.join(parts) if parts[1:] else ''
+
+
+def random_score(records, dataset):
+    """20-NN of the toy network before training, in percent; None without runs."""
+    scores = [record['curve'][0]['knn'] for record in records
+              if record['dataset'] == dataset and record['study'] != 'gpu']
+    return statistics.mean(scores) if scores else None
+
+
+FILES = {
+    'runs.jsonl': 'every run, a line each: command, versions, machine, scores over the budget',
+    'headline.png': '`python experiments/figures.py headline`',
+    'decay.png': '`python experiments/figures.py decay`',
+    'bench.md': '`python experiments/bench.py`: speed of the views, of a step, of the encoder',
+    'predict.jsonl': '`python experiments/predict.py`: which rule foretells the best strategy?',
+    'predict.md': 'the same, its table',
+    'predict.png': 'the same, its figure',
+}
+
+INTRODUCTION = """# Results
+
+`python experiments/reproduce.py tables` writes this page from runs.jsonl; edits are lost. Above
+each table stands the command that makes its runs; data sets with files need `--data-root` as well.
+Budgets are in millions of units, forward passes of the uncompressed encoder on one image. NN and
+20-NN are the percentages of test images whose class the nearest training images name, always with
+uncompressed features. Numbers are means over n seeds, +- the standard deviation. Seconds are those
+of training, without scoring; runs.jsonl has the machine of each run and how many ran at once."""
+
+SPEED_UPS = """How much less an accelerated run needs for the final 20-NN accuracy of the
+uncompressed run of the same seed, read off the final accuracies over budgets, on a line in the
+logarithm of the budget. `> x`: the shortest accelerated run is better already. The authors' own
+numbers, not run here: 5.2, 4.6, 4.1 and 3.2 times fewer units by NN, at accelerated budgets of 309,
+620, 1027 and 1537 M, for MoCo-v3 with ViT-B on ImageNet-1k (read off their figure)."""
+
+
+def write_page(studies, path):
+    """README.md beside the results: index, speed-ups, then the scores of each study."""
+    records = load_results(path)
+    files = [f'- [{name}]({name}): {what}' for name, what in FILES.items()
+             if (path.parent / name).exists()]
+    random = {TITLES[dataset]: random_score(records, dataset) for dataset in TITLES}
+    random = [f'{title} {score:.1f} %' for title, score in random.items() if score]
+    compared = {name: studies[name] for name in ('headline', 'objectives', 'gpu')}
+    page = [
+        INTRODUCTION,
+        f'20-NN of the network before training: {", ".join(random)}.',
+        '\n'.join(files),
+        section(f'Speed-up at equal accuracy\n\n{SPEED_UPS}', records, compared, speed_up_table),
+    ]
+    for name, study in studies.items():
+        page.append(section(name, records, {name: study}, score_table))
+    output = path.with_name('README.md')
+    save('\n\n'.join(part for part in page if part) + '\n', output)
+    print(quoted(output))
