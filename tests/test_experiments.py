@@ -160,7 +160,7 @@ def test_collect_twice_is_collect_once(stub, capsys):
     write([score], stub / 'runs' / 'shapes-moco-none-0.08M-seed0' / 'eval.jsonl')
     reproduce.main(['collect', '--results', str(results)])
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert len(lines) == 4 and lines[1]['eval'] == {'linear': 61.23}
+    assert len(lines) == 4 and lines[0]['eval'] == {'linear': 61.23}
 
 
 def test_unfinished_runs_are_not_collected(stub, capsys):
