@@ -105,7 +105,8 @@ def fail(line, status=1):
     Until the processes of torchrun have joined they all meet the same error, and the first one
     says it.
     """
-    rank = int(os.environ.get('RANK', 0))
+    alone = int(os.environ.get('WORLD_SIZE', 1)) == 1
+    rank = 0 if alone else int(os.environ.get('RANK', 0))
     joined = dist.is_available() and dist.is_initialized()
     if rank == 0 or joined:
         process = f'  [process {rank}]' if rank else ''

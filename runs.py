@@ -93,10 +93,11 @@ class StopSignal:
             os._exit(128 + number)
         self.number = number
 
-    def exit_status(self):
-        """0 for a scheduler's warning (SIGUSR1), else as a shell reports the signal: 143, 130."""
-        usr1 = getattr(signal, 'SIGUSR1', None)
-        return 0 if self.number in (0, usr1) else 128 + self.number
+
+def exit_status(number):
+    """0 for a scheduler's warning (SIGUSR1), else as a shell reports the signal: 143, 130."""
+    usr1 = getattr(signal, 'SIGUSR1', None)
+    return 0 if number in (0, usr1) else 128 + number
 
 
 # ---------------------------------------------------------------- files of a run
@@ -107,7 +108,7 @@ def load_checkpoint(folder):
         raise FileNotFoundError(f'no checkpoint at {path}; --resume takes the folder of a run, '
                                 f'such as runs/moco-shapes-0')
     checkpoint = read(path)
-    if not isinstance(checkpoint, dict) or 'args' not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('args'), dict):
         raise ValueError(f'{path} is no checkpoint of train.py')
     if 'state' not in checkpoint:
         raise ValueError(f'{path} is of an earlier version, whose unit was a whole training sample '
@@ -163,6 +164,7 @@ def open_log(folder, new):
                              f'or stop it') from None
     if new:
         log.truncate(0)
+        (folder / 'gradstats.jsonl').unlink(missing_ok=True)
     return log
 
 
@@ -177,8 +179,9 @@ def snapshot(run):
 def restore(run, checkpoint):
     """Put a checkpoint's weights, optimizer and state in place, and its files back to that step."""
     for name, now in run.identity.items():
-        if checkpoint[name] != now:
-            raise ValueError(f'the run had {name} {checkpoint[name]}, now it is {now}: it would be '
+        then = checkpoint.get(name)
+        if then != now:
+            raise ValueError(f'the run had {name} {then}, now it is {now}: it would be '
                              f'another run; resume it as it was')
     try:
         run.method.load_state_dict(checkpoint['method'])
@@ -187,8 +190,10 @@ def restore(run, checkpoint):
         if run.args.schedule != checkpoint['args']['schedule']:   # given anew on the command line
             run.state.schedule = str(run.plan.schedule)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f'the checkpoint does not fit the flags of this run: {reason}') from None
+        # torch names the class in the first line, what does not fit in the second
+        lines = [line.strip() for line in str(error).splitlines()[:2]]
+        raise ValueError(f'the checkpoint does not fit the flags of this run: '
+                         f'{" ".join(lines)}') from None
     if run.state.units >= run.plan.budget:
         raise ValueError(f'{run.args.resume} has spent its budget of {run.plan.budget:,.0f} units; '
                          f'start a new run for a longer one')

@@ -39,9 +39,9 @@ from data import DATASETS, batch_keys, load, shrink_note
 from eval import knn_accuracy
 from gradstats import adam_scale, flat_gradient, gradient_stats, unchanged
 from losses import mean_over_ranks
-from runs import (Progress, State, StopSignal, agree, collapse_warning, join_processes,
-                  load_checkpoint, marks, new_folder, open_log, process_numbers, reason, restore,
-                  snapshot, waiting_warning)
+from runs import (Progress, State, StopSignal, agree, collapse_warning, exit_status,
+                  join_processes, load_checkpoint, marks, new_folder, open_log, process_numbers,
+                  reason, restore, snapshot, waiting_warning)
 from schedule import Schedule, cosine, polynomial, ramp, revise, warmup
 from views import keyed_generator, make_views, normalize, recipe
 from vit import Block, ViT
@@ -251,11 +251,23 @@ def parse_args(argv):
     parser.set_defaults(**ARCHS.get(known.arch or saved.get('arch'), ARCHS['toy']))
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
+    check_together(args, {part.partition('=')[0] for part in argv})
     unused = [flag for flag in UNUSED[args.method] if flag in argv]
     if unused:
         note(f'{args.method} does not use {", ".join(unused)}')
     args.resume = str(known.resume) if known.resume is not None else None
     return args, checkpoint
+
+
+def check_together(args, given):
+    """Flags that are given (a set of names) must not contradict each other."""
+    if '--budget' in given:
+        args.epochs = None                           # those of the run that is resumed
+    if '--arch' in given and given & {'--embed-dim', '--depth'}:
+        raise ValueError('--arch sets --embed-dim and --depth; give the name or the sizes')
+    if 'adam' in args.metric and 0 in args.gradstats:
+        raise ValueError('Adam has no second moment at progress 0; start --gradstats later, or '
+                         'take --metric euclidean')
 
 
 # ---------------------------------------------------------------- set-up
@@ -361,6 +373,9 @@ def make_plan(args, in_chans, num_images):
     budget = args.budget * 1e6
     if args.epochs:
         budget = args.epochs * num_images * cost[base]
+    if num_images < args.batch_size:
+        raise ValueError(f'batch size {args.batch_size} is larger than the {num_images} images; '
+                         f'lower --batch-size')
     first = schedule.at(0.0)
     if budget < cost[first] * args.batch_size:
         raise ValueError(f'a budget of {budget:,.0f} units does not pay for one batch of '
@@ -469,6 +484,8 @@ def load_once(args, rank, world):
 
 def dry_run(args):
     """Print what a run would do. Nothing is trained, and no weight takes memory."""
+    if process_numbers()[0]:
+        return                                       # under torchrun one process says it
     in_chans = 3
     num_images = args.num_images
     if num_images is None:
@@ -640,10 +657,11 @@ def log(run, loss, metrics, tau, curves):
                    seconds=state.seconds, seconds_data=state.seconds_data, **metrics))
     if state.step >= 50:
         relative_cost = run.plan.cost[tau] / run.plan.cost[run.plan.base]
-        for warning in (collapse_warning(metrics, args.out_dim),
-                        waiting_warning(state, relative_cost)):
-            if warning and warning not in state.warned:
-                state.warned.append(warning)
+        warnings = dict(collapse=collapse_warning(metrics, args.out_dim),
+                        waiting=waiting_warning(state, relative_cost))
+        for kind, warning in warnings.items():
+            if warning and kind not in state.warned:   # each kind once
+                state.warned.append(kind)
                 run.say(f'warning: step {state.step}: {warning}')
 
 
@@ -660,19 +678,18 @@ def set_up(args, checkpoint):
     if args.batch_size % world or args.batch_size // world < 2:
         raise ValueError(f'batch size {args.batch_size} cannot be shared by {world} process(es) as '
                          f'at least 2 images each; use a multiple of {world} from {2 * world} on')
-    if 'adam' in args.metric and 0 in args.gradstats:
-        raise ValueError('Adam has no second moment at progress 0; start --gradstats later, or '
-                         'take --metric euclidean')
     folder = log_file = None
-    if rank == 0:
-        folder = Path(args.resume) if checkpoint else new_folder(args)
-        log_file = open_log(folder, checkpoint is None)
+    if rank == 0 and not checkpoint:
+        new_folder(args)                             # says at once if the --name is taken
     if world > 1:
         join_processes(device)
 
     data = load_once(args, rank, world)
     torch.manual_seed(args.seed)
     plan = make_plan(args, data.channels, len(data))
+    if rank == 0:                                    # nothing is made before the flags are checked
+        folder = Path(args.resume) if checkpoint else new_folder(args)
+        log_file = open_log(folder, checkpoint is None)
     method = plan.method.to(device)
     if args.compile:
         torch._dynamo.config.recompile_limit = 64    # one graph per sequence length and branch
@@ -728,9 +745,13 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
     save_at = marks(SAVE_EVERY)
     probes = auto_batches(args, plan) if args.schedule == 'auto' else 0
     auto_at = [0.5] if probes else []
+    if args.schedule == 'auto' and not probes:
+        run.say(f'warning: {100 * AUTO_SHARE:.0f} % of the budget do not pay for measuring '
+                f'{GROUPS} batches; auto stays with {schedule}. Raise --budget')
     stop = StopSignal()
     bar = Progress(plan.budget, state, run.rank == 0)
     saved_at = time.perf_counter()
+    stopping = 0                                       # the signal that all processes know of
 
     while True:
         progress = run.progress                        # the clock of every schedule
@@ -738,9 +759,10 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
 
         # auto: once, half way, look how wrong each strategy is here, and go on with the best
         if run.due(auto_at):
-            rows = measure(run, progress, probes, 'adam')
-            schedule = revise(schedule, rows, progress)
-            run.say(f'auto      at {100 * progress:.0f} %: on with {schedule.at(progress)}')
+            # not at `progress`, which the text of a schedule rounds: a resumed run reads the text
+            rows = measure(run, 0.5, probes, 'adam')
+            schedule = revise(schedule, rows, 0.5)
+            run.say(f'auto      at 50 %: on with {schedule.at(progress)}')
             state.schedule = str(schedule)
             # measuring is paid like training
             state.units += probes * args.batch_size * sum(plan.cost[tau] for tau in plan.grid)
@@ -751,10 +773,10 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
         if run.due(score_at) and run.rank == 0:
             score(run)
         for point in run.due(args.gradstats):
-            for metric in args.metric:
+            for metric in dict.fromkeys(args.metric):
                 measure(run, point, args.probe_batches, metric)
         minutes = (time.perf_counter() - saved_at) / 60
-        ends = progress == 1 or stop.number or state.step == args.max_steps
+        ends = progress == 1 or stopping or state.step == args.max_steps
         saves = run.due(save_at) or minutes > args.save_minutes
         state.seen = progress
         if saves or ends:
@@ -778,7 +800,7 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
         images = next(batches)
         state.seconds_data += time.perf_counter() - start
         loss, metrics = loss_of(run, run.model, images, tau, state.step)
-        mean_loss, stop.number = agree(loss, stop.number)
+        mean_loss, stopping = agree(loss, stop.number)
         if not math.isfinite(mean_loss):
             give_up(run, f'the loss is {mean_loss}')
 
@@ -808,7 +830,7 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
     if progress < 1:
         run.say(f'stopped at step {state.step}, {100 * progress:.0f} % of the budget; go on with '
                 f'python train.py --resume {run.folder}')
-        return stop.exit_status()
+        return exit_status(stopping)
     if run.rank == 0:
         pictures.curves_of_run(run.folder)
     root = f' --data-root {args.data_root}' if args.dataset == 'folder' else ''
@@ -832,6 +854,8 @@ def main(argv=None):
         if line is None:
             raise
         fail(f'train.py: error: {line}')
+    except KeyboardInterrupt:                        # before the loop, which would finish its step
+        fail('train.py: stopped before the first step', 130)
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()

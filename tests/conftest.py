@@ -1,6 +1,8 @@
 """What the tests share: a tiny data set, a small run of train.py, torchrun, a distance."""
+import gc
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -60,12 +62,16 @@ def run(tmp_path, monkeypatch, tiny_fashion):
     """
     import train
     monkeypatch.chdir(tmp_path)
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in handled]
 
     def call(*flags, small=True):
         small_flags = [*SMALL, '--data-root', str(tiny_fashion)] if small else []
         train.main([*small_flags, *map(str, flags)])
         return tmp_path / 'runs'
-    return call
+    yield call
+    for number, handler in zip(handled, before):      # train.py keeps its handlers to the end
+        signal.signal(number, handler)
 
 
 def torchrun(processes, script, *flags, cwd, timeout=200):
@@ -82,6 +88,21 @@ def torchrun(processes, script, *flags, cwd, timeout=200):
                           capture_output=True, text=True)
 
 
+def fails(capsys, call):
+    """The last line that a command prints when it ends with an error."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    assert stop.value.code not in (0, None)
+    del stop
+    gc.collect()                                      # closes the log, which is the run's lock
+    return capsys.readouterr().err.splitlines()[-1]
+
+
 def log_of(folder):
     """The lines of a run's log.jsonl, as dictionaries."""
     return [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+
+
+def steps_of(folder):
+    """The lines of training steps alone, without those of scores."""
+    return [line for line in log_of(folder) if 'loss' in line]
