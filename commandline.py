@@ -1,5 +1,4 @@
-"""What the commands share: types of flags, the layout of --help, the device, a last line when
-something fails.
+"""What the commands share: types of flags, the layout of --help, the device, the last line.
 
 A wrong value is caught where it enters, by the type of its flag: `argument --lr: nan must be
 above 0`.
@@ -62,8 +61,7 @@ class Layout(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelp
 
 
 def pick_device(name):
-    """The device of a --device flag. Under torchrun each process takes the GPU of its own
-    number."""
+    """The device of a flag. Under torchrun each process takes the GPU of its own number."""
     if name == 'auto':
         name = 'cpu'
         if torch.backends.mps.is_available():

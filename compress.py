@@ -31,8 +31,7 @@ from einops import rearrange, repeat
 
 @dataclass(frozen=True)
 class Compression:
-    """A strategy: patch side in pixels, and the fraction of tokens that the compressed branch
-    drops."""
+    """A strategy: patch side in pixels, and the fraction of tokens that are dropped."""
     patch_size: int
     drop_rate: float = 0.0
 
@@ -65,8 +64,7 @@ class Compression:
 # ---------------------------------------------------------------- token dropout
 
 def num_keep(n, drop_rate):
-    """Tokens kept of n. Rounded, since int(225 * (1 - 0.8)) is 44: the product is
-    44.99999999999999."""
+    """Tokens kept of n. Rounded: int(225 * (1 - 0.8)) is 44, since the product is 44.999."""
     if not 0 <= drop_rate < 1:
         raise ValueError(f'drop rate {drop_rate} is outside [0, 1)')
     return max(1, round(n * (1 - drop_rate)))
@@ -92,8 +90,7 @@ def drop_tokens(tokens, ids):
 # ---------------------------------------------------------------- patch scaling
 
 def rendered_side(nominal, patch_size):
-    """The side at which a view is rendered: the multiple of the patch size nearest to the nominal
-    side.
+    """The side of a view in pixels: the multiple of the patch size nearest to the nominal side.
 
     The view keeps its field of view and only changes its resolution, so any patch size can be used:
     at 224 px, patch 30 gives 210 px and 7 x 7 patches. A tie goes up. At least one patch remains.
@@ -105,8 +102,7 @@ def rendered_side(nominal, patch_size):
 
 @lru_cache(maxsize=None)
 def resize_matrix(old, new, interpolation='bilinear', antialias=False):
-    """B (new*new, old*old), float64: vec(resize(x)) = B vec(x). Column i is the resized i-th unit
-    patch.
+    """B (new*new, old*old), float64: vec(resize(x)) = B vec(x). Column i resizes unit patch i.
 
     'bilinear' without antialias is FlexiViT's reference; timm's default, 'bicubic' with antialias,
     moves the kernel by 5 to 28 %. Half-pixel centres (align_corners=False).
@@ -146,8 +142,7 @@ def pi_resize(kernel, new_size, interpolation='bilinear', antialias=False):
 
 
 def resize_pos_embed(pos, old_grid, new_grid, interpolation='bicubic', antialias=False):
-    """Interpolate a table of patch positions (1 n d), n = h w, to another grid (h', w'), in
-    float32.
+    """Interpolate patch positions (1 n d), n = h w, to another grid (h', w'), in float32.
 
     Always by size, never by scale factor. The caller keeps the class token's row apart. Without
     antialias the table is sampled at the new patch centres (DINO, MAE); with it, averaged (timm).
@@ -176,8 +171,7 @@ def forward_flops(tokens, embed_dim, depth, mlp_ratio=4.0, patch_dim=0):
 
 
 def tokens_of(side, patch_size, drop_rate=0.0):
-    """Patch tokens that the encoder processes of a view of this nominal side (class token not
-    counted)."""
+    """Patch tokens that the encoder processes of a view of this nominal side."""
     per_side = rendered_side(side, patch_size) // patch_size
     return num_keep(per_side ** 2, drop_rate)
 

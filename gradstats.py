@@ -1,5 +1,4 @@
-"""How wrong is the gradient of a compressed step? Bias, variance and direction, without bias of
-their own.
+"""How wrong is the gradient of a compressed step? Its bias, variance and direction.
 
 "Accelerating Augmentation Invariance Pretraining" (NeurIPS 2024), "gradient error analysis".
 g_tau is the gradient of a random batch under strategy tau, tau0 no compression:
@@ -204,8 +203,7 @@ def adam_scale(optimizer, parameters):
 
 @contextlib.contextmanager
 def unchanged(module):
-    """Put back what a forward pass changes in a module: its buffers, such as BatchNorm's
-    statistics."""
+    """Put back what a forward pass changes in a module: the buffers of BatchNorm and the like."""
     kept = [buffer.clone() for buffer in module.buffers()]
     try:
         yield

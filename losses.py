@@ -214,8 +214,9 @@ def key_compression(method, patch_size, drop_rate):
 # ---------------------------------------------------------------- methods: views in, loss out
 
 class MoCo(nn.Module):
-    """MoCo-v3. One direction by default, view 1 the query and view 2 the key (the paper's, as far
-    as known); symmetric=True adds the other, a sum as in the official code.
+    """MoCo-v3. By default view 1 is the query and view 2 the key (the paper's, as far as known).
+
+    symmetric=True adds the other direction, a sum as in the official code.
     """
 
     def __init__(self, encoder, hidden=4096, out_dim=256, temperature=0.2, symmetric=False,
@@ -239,8 +240,7 @@ class MoCo(nn.Module):
         return self.student
 
     def forward(self, views, patch_size=None, drop_rate=0.0, generator=None, key_views=None):
-        """key_views: the views as the key branch sees them, if they are rendered at another
-        side."""
+        """key_views: the views as the key branch sees them, if at another side."""
         x1, x2 = views
         x1_key, x2_key = key_views or views
         key_patch, key_drop = key_compression(self, patch_size, drop_rate)
@@ -310,8 +310,7 @@ class SimCLR(nn.Module):
         return self.student
 
     def forward(self, views, patch_size=None, drop_rate=0.0, generator=None, key_views=None):
-        """key_views: the views as the second branch sees them, if they are rendered at another
-        side."""
+        """key_views: the views as the second branch sees them, if at another side."""
         key_patch, key_drop = key_compression(self, patch_size, drop_rate)
         features = self.student(views[0], patch_size, drop_rate, generator)
         z1 = self.projector(features)
@@ -370,7 +369,7 @@ class DINO(nn.Module):
         return self.teacher
 
     def forward(self, views, patch_size=None, drop_rate=0.0, generator=None, key_views=None):
-        """key_views: the views as the teacher sees them, if they are rendered at another side."""
+        """key_views: the views as the teacher sees them, if at another side."""
         key_patch, key_drop = key_compression(self, patch_size, drop_rate)
         teacher_views = torch.cat((key_views or views)[:2])
         with torch.no_grad():
@@ -402,8 +401,8 @@ class DINO(nn.Module):
         return passes + [dict(view=v, **teacher) for v in range(2)]
 
     def at(self, progress):
-        """The teacher's temperature rises over the first 30 % of training, and the last layer rests
-        for the first 1 % (DINO: 30 epochs and 1 epoch of 100)."""
+        """DINO's schedules, of 100 epochs: the teacher's temperature rises for 30, the last layer
+        rests for 1."""
         cold, warm = self.teacher_temps
         self.teacher_temp = cold + (warm - cold) * min(1.0, progress / 0.3)
         self.last_layer_rests = progress < 0.01

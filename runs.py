@@ -117,8 +117,7 @@ def load_checkpoint(folder):
 
 
 def forget_after(path, step):
-    """Cut off the lines of later steps, which a resumed run writes again, and one that a crash
-    left."""
+    """Cut off the lines of later steps, which a resumed run writes again, and a broken one."""
     if not path.exists():
         return
     kept = 0
@@ -149,10 +148,10 @@ def new_folder(args):
 
 
 def open_log(folder, new):
-    """The log of a run, open to append. It is locked, so that no second process goes on with the
-    run.
+    """The log of a run, open to append; emptied if the run is new.
 
-    The lock ends with this process, however it ends.
+    It is locked, so that no second process goes on with the run. The lock ends with this process,
+    however it ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = open(folder / 'log.jsonl', 'a')

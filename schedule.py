@@ -104,8 +104,7 @@ class Schedule:
 # ---------------------------------------------------------------- gradient errors -> schedule
 
 def cost_adjusted_mse(bias2, variance, cost, horizon=1):
-    """CA-MSE. A negative estimate of bias^2 means no bias that could be seen, and counts as
-    zero."""
+    """CA-MSE. A negative estimate of bias^2 means that no bias could be seen: it counts as 0."""
     return max(bias2, 0.0) + cost * variance / horizon
 
 
@@ -145,8 +144,7 @@ RULES = {'ca-mse': ca_mse, 'best-length': best_length, 'gain': cost_of_gain}
 
 
 def check_table(rows):
-    """(sorted points of progress, {strategy: cost}) of a table, or an error that says what is
-    missing."""
+    """(points of progress, {strategy: cost}) of a table, or an error that says what is missing."""
     points = sorted({row['progress'] for row in rows})
     costs = {row['strategy']: row['cost'] for row in rows}
     measured = {(row['progress'], row['strategy']) for row in rows}
@@ -239,8 +237,7 @@ def solve(table, monotone=True, rule='ca-mse'):
 
 
 def revise(schedule, rows, progress, rule='ca-mse'):
-    """--schedule auto: the schedule so far, and from `progress` on the strategy that the rule
-    likes best.
+    """--schedule auto: the schedule so far, and from `progress` on the best strategy.
 
     rows: gradient errors measured at this progress. The strategy in use stays unless it is two
     standard errors behind: a few batches err, and a wrong change costs more than a late one. Among
@@ -277,8 +274,7 @@ def load_table(path, metric=None):
 
 
 def print_table(rows, schedule, rule):
-    """Fractions of the true squared norm; the cosine and the gain per unit, relative to the
-    base."""
+    """In fractions of the true squared norm; the gain is relative to no compression."""
     print(f'progress       strategy   cost        bias^2  cost x var         CA-MSE         '
           f'cosine       gain   ({rows[0]["metric"]} metric)')
     for row in sorted(rows, key=lambda row: (row['progress'], -row['cost'])):

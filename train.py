@@ -399,10 +399,10 @@ def announce(args, plan):
     for tau in sorted(plan.cost, key=plan.cost.get, reverse=True):
         key_patch, key_drop = losses.key_compression(method, tau.patch_size, tau.drop_rate)
         key_tokens = tokens_of(args.img_size, key_patch or args.patch_size, key_drop)
-        note = '  more than uncompressed!' if plan.cost[tau] > plan.cost[plan.base] else ''
+        dear = '  more than uncompressed!' if plan.cost[tau] > plan.cost[plan.base] else ''
         yield (f'  {str(tau):14} {1 + tokens_of(args.img_size, tau.patch_size, tau.drop_rate):11} '
                f'{1 + key_tokens:11} {rendered_side(args.img_size, tau.patch_size):9} '
-               f'{plan.cost[tau]:14.3f}{note}')
+               f'{plan.cost[tau]:14.3f}{dear}')
     epochs = plan.budget / plan.cost[plan.base] / plan.num_images
     yield f'budget    {plan.budget:,.0f} units: {epochs:.2f} uncompressed epochs'
     samples = 0
@@ -427,8 +427,7 @@ def strategy_costs(method, strategies, sides, config):
 
 
 def clip_each(parameters, largest):
-    """DINO clips the gradient of each parameter tensor by its own norm, not all by the global
-    one."""
+    """DINO clips the gradient of each parameter by its own norm, not all by the global one."""
     for parameter in parameters:
         if parameter.grad is not None:
             norm = parameter.grad.norm()
@@ -448,27 +447,24 @@ def draw(plan, images, tau, key, device):
     """(views, key views or None, generator of the token draws) of a batch under strategy tau.
 
     Each view has its own generator, so the same key renders the same crop and colours at any side.
-    A view that no pass of a branch reads is None.
+    Key views are views at another side; a view that no pass of a branch reads is None.
     """
-    passes = plan.method.passes(tau.patch_size, tau.drop_rate)
-
-    def render(branch):
+    def render(patch_size, seen):
         views = [None] * len(plan.views)
-        for one in passes:
-            if one['branch'] == branch:
-                i = one['view']
-                side = rendered_side(plan.views[i].side, one['patch_size'] or plan.base.patch_size)
-                crops = images if torch.is_tensor(images) else images[i:i + 1]
-                generator = keyed_generator(*key, i, device=device)
-                views[i] = make_views(crops, [plan.views[i].at(side)], generator)[0]
+        for i in seen:
+            view = plan.views[i].at(rendered_side(plan.views[i].side, patch_size))
+            crops = images if torch.is_tensor(images) else images[i:i + 1]    # a folder's crops
+            generator = keyed_generator(*key, i, device=device)
+            views[i] = make_views(crops, [view], generator)[0]
         return views
 
+    passes = plan.method.passes(tau.patch_size, tau.drop_rate)
+    query = {one['view'] for one in passes if one['branch'] == 'query'}
+    keys = {one['view'] for one in passes if one['branch'] == 'key'}
     generator = keyed_generator(*key, 'tokens', device=device)
-    if plan.method.patch_branch == 'query':
-        return render('query'), render('key'), generator
-    views = [query if query is not None else key
-             for query, key in zip(render('query'), render('key'))]
-    return views, None, generator
+    if plan.method.patch_branch == 'both':
+        return render(tau.patch_size, query | keys), None, generator
+    return render(tau.patch_size, query), render(plan.base.patch_size, keys), generator
 
 
 def load_once(args, rank, world):
@@ -610,7 +606,7 @@ def random_batches(run, batches):
 
 
 def score(run):
-    """Nearest neighbours among uncompressed features, by the main process: nobody waits for it."""
+    """Nearest neighbours among uncompressed features. The others wait for the main process."""
     state = run.state
     args = run.args
     scores, bank, queries = knn_accuracy(run.method.encoder, run.data, args.img_size, run.device,
@@ -759,7 +755,6 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
 
         # auto: once, half way, look how wrong each strategy is here, and go on with the best
         if run.due(auto_at):
-            # not at `progress`, which the text of a schedule rounds: a resumed run reads the text
             rows = measure(run, 0.5, probes, 'adam')
             schedule = revise(schedule, rows, 0.5)
             run.say(f'auto      at 50 %: on with {schedule.at(progress)}')

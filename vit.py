@@ -83,8 +83,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Holds the one trained kernel (d c p p) under timm's name; ViT.forward_tokens resizes and
-    applies it."""
+    """The one trained kernel (d c p p) under its name in timm; ViT.forward_tokens applies it."""
 
     def __init__(self, patch_size, in_chans, embed_dim):
         super().__init__()
@@ -166,8 +165,7 @@ class ViT(nn.Module):
         return height // patch_size, width // patch_size
 
     def positions(self, grid):
-        """Position codes (1 h*w d) of the patches of a grid that spans the same image as the base
-        grid."""
+        """Position codes (1 h*w d) of the patches of a grid that spans the same image."""
         if grid == self.base_grid:
             return self.pos_embed[:, 1:]
         if self.config['pos_embed'] == 'sincos':
@@ -176,8 +174,7 @@ class ViT(nn.Module):
         return resize_pos_embed(self.pos_embed[:, 1:], self.base_grid, grid)
 
     def forward_tokens(self, images, patch_size=None, drop_rate=0.0, generator=None):
-        """(b c H W) -> (b 1+k d): class token first, after the final norm. H, W may differ from
-        img_size."""
+        """(b c H W) -> (b 1+k d), the class token first, after the final norm. Any H and W."""
         p = self.patch_size if patch_size is None else patch_size
         b, c, height, width = images.shape
         grid = self.grid(height, width, p)

@@ -74,12 +74,15 @@ def test_a_wrong_flag_is_one_line(parser, flags, message, capsys):
     assert lines[0].startswith(message)
 
 
-@pytest.mark.parametrize('rank, printed', [
-    ('0', 'the reason\n'),
-    ('1', ''),
+@pytest.mark.parametrize('rank, world, printed', [
+    ('0', '2', 'the reason\n'),
+    ('1', '2', ''),
+    ('1', '1', 'the reason\n'),                             # left over in the environment
 ])
-def test_processes_that_have_not_joined_fail_with_one_voice(rank, printed, monkeypatch, capsys):
+def test_processes_that_have_not_joined_fail_with_one_voice(rank, world, printed, monkeypatch,
+                                                            capsys):
     monkeypatch.setenv('RANK', rank)
+    monkeypatch.setenv('WORLD_SIZE', world)
     with pytest.raises(SystemExit) as stop:
         fail('the reason')
     assert stop.value.code == 1
