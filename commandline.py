@@ -35,7 +35,7 @@ not_negative = number(float, 0, 1e12)
 fraction = number(float, 0, 1)
 count = number(int, 1, 10 ** 12)
 count_or_zero = number(int, 0, 2 ** 62)
-side = number(int, 1, 10_000)                     # pixels, or a width
+size = number(int, 1, 10_000)                     # pixels, a width, a number of blocks
 rate = number(float, 0, 0.999999)                 # a fraction below 1
 
 

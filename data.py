@@ -23,7 +23,9 @@ Shapes: b batch, n images, c channels, h w image, s side of a view. Images are u
 import hashlib
 import itertools
 import math
+import multiprocessing
 import os
+import signal
 import statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from files import EXTENSIONS, find_splits, first_folder, first_folders, list_images
+from files import EXTENSIONS, find_splits, first_folder, first_folders, list_images, split_of
 from files import Decoder, center_crop, image_size, random_crops, read_image
 from shapes import SHAPES, render_shapes
 from views import keyed_generator, make_views, resize
@@ -207,10 +209,16 @@ class MemoryImages(Images):
 # ---------------------------------------------------------------- images in folders
 
 # Workers hand images over in shared memory, of which a docker container has 64 MB. A batch of 250
-# images of 224 px takes 38 MB. So batches travel in pieces, and those in flight fill half of it.
+# images of 224 px takes 38 MB. So batches travel in pieces, and those in flight fill a third of it:
+# a run that scores has two loaders.
 PIECES_PER_WORKER = 2
-SHARED_MEMORY = 32 * 2 ** 20   # bytes
+SHARED_MEMORY = 20 * 2 ** 20   # bytes
 TIMEOUT = 300                  # seconds without a piece
+
+
+def outlive_sigterm(worker):
+    """A scheduler sends SIGTERM to all processes; the main one finishes its step, with workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def worker_error(error):
@@ -243,7 +251,12 @@ class FolderImages(Images):
                                     f'of images')
         left_out = Counter()
         found = list_images(self.root, left_out)
-        train, test = find_splits(first_folders(found))
+        folders = first_folders(found)
+        train, test = find_splits(folders)
+        below = first_folders(found, f'{folders[0]}/') if len(folders) == 1 else []
+        if not train and any(map(split_of, below)):
+            raise ValueError(f'{ascii(self.root)} holds splits in its folder {ascii(folders[0])}; '
+                             f'set --data-root to that folder')
         base = f'{train}/' if train else ''
         self.files = [name for name in found if name.startswith(base)]
         self.test_files = [name for name in found if first_folder(name) == test]
@@ -327,6 +340,7 @@ class FolderImages(Images):
             decoder,
             batch_sampler=pieces,
             collate_fn=decoder.collate,
+            worker_init_fn=outlive_sigterm,
             num_workers=workers,
             prefetch_factor=PIECES_PER_WORKER if workers else None,
             timeout=TIMEOUT if workers else 0,
@@ -344,6 +358,8 @@ class FolderImages(Images):
                 except (RuntimeError, OSError, ValueError) as error:
                     if not workers:
                         raise
+                    for worker in multiprocessing.active_children():
+                        worker.kill()                          # one that hangs would outlive us
                     raise worker_error(error) from None
                 for files in unreadable:
                     self.report(split, files)

@@ -40,9 +40,10 @@ from einops import rearrange
 from tqdm import tqdm
 
 from commandline import (Parser, count, count_or_zero, fail, fraction, pick_device, pick_precision,
-                         positive, side)
+                         positive, size)
 from compress import rendered_side, sample_cost, tokens_of
 from data import DATASETS, load, shrink_note
+from runs import reason
 from schedule import cosine, warmup
 from views import View, keyed_generator, normalize
 from weights import load_backbone, quoted, replacing
@@ -220,7 +221,8 @@ def check_labels(data, train_ids, test_ids, k=1):
     """Every score needs labelled images of two classes to learn from, and others to test on."""
     if len(data.classes) < 2 or len(data.labels[train_ids].unique()) < 2:
         raise ValueError(f'the {len(train_ids)} labelled training images have fewer than two '
-                         f'classes; put the images of each class into a folder of their own')
+                         f'classes; put the images of each class into a folder of their own, or '
+                         f'take their features with --export')
     if len(test_ids) == 0:
         raise ValueError('there are no labelled test images; their folders must have the names of '
                          'the training classes')
@@ -383,7 +385,7 @@ def parse_args():
     group.add_argument('--download', action='store_true', help='fetch the data set if it is absent')
     group.add_argument('--limit', type=count,
                        help='use this many training images, with all classes in proportion')
-    group.add_argument('--img-size', type=side, help='in pixels (default: as in training)')
+    group.add_argument('--img-size', type=size, help='in pixels (default: as in training)')
     group.add_argument('--workers', type=count_or_zero, default=4,
                        help='processes that decode the images of a folder')
 
@@ -391,7 +393,7 @@ def parse_args():
     group.add_argument('--protocol', nargs='+', choices=('nn', 'knn', 'linear', 'finetune'),
                        metavar='NAME',
                        help='nn, knn, linear, finetune (default: nn knn; none with --export)')
-    group.add_argument('--patch-size', type=side, nargs='+', help='(default: as in training)')
+    group.add_argument('--patch-size', type=size, nargs='+', help='(default: as in training)')
     group.add_argument('--k', type=count, nargs='+', default=[20], help='neighbours that vote')
     group.add_argument('--probe-epochs', type=count, default=Probe.epochs, help='of linear')
     group.add_argument('--epochs', type=count,
@@ -513,7 +515,8 @@ def export(encoder, data, setting, path):
     for test, classes (c), and settings as JSON. In a folder without splits, the test images are
     also training images, without their labels.
     """
-    arrays = dict(classes=np.array(data.classes), settings=json.dumps(described(setting)))
+    classes = np.array(data.classes, dtype=str)
+    arrays = dict(classes=classes, settings=json.dumps(described(setting)))
     with replacing(path) as file:       # opened first: a wrong path is found before any work
         for split in ('train', 'test'):
             ids = data.ids(split)
@@ -616,10 +619,10 @@ def main():
 if __name__ == '__main__':
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        fail(f'eval.py: error: {error}')
-    except torch.OutOfMemoryError:
-        fail('eval.py: error: the GPU is out of memory; lower --batch-size or --img-size, or use '
-             '--device cpu')
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        line = reason(error)
+        if line is None:
+            raise
+        fail(f'eval.py: error: {line}')
     except KeyboardInterrupt:
         fail('eval.py: interrupted', 130)

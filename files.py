@@ -1,6 +1,6 @@
 """Image files: which files of a folder are images, which folders are splits, what the pixels are.
 
-Folders come from other people's disks, so this room is about what lies about in them: links, side
+Folders come from other people's disks, so this file handles what turns up in them: links, side
 files, splits under many names, 16-bit pixels, damaged files. Nothing is left out without being
 counted, and nothing is read that does not say which value is white.
 
@@ -34,7 +34,7 @@ SIDE_FOLDERS = ('@eaDir', '#recycle', '$RECYCLE.BIN', '__MACOSX', 'lost+found')
 
 SPLITS = dict(
     train=('train', 'training'),
-    val=('val', 'valid', 'validation'),
+    val=('val', 'valid', 'validation', 'validate', 'dev', 'eval'),
     test=('test', 'testing'))
 
 
@@ -88,10 +88,10 @@ def first_folders(names, base=''):
 
 
 def split_of(folder):
-    """'train', 'val' or 'test' for the usual names of splits, such as 'Training' or 'train_set'."""
-    stem = re.sub(r'[-_ ]?(set|images|data)$', '', folder.lower())
+    """'train', 'val' or 'test' for names with such a word: 'Training', 'trainset', 'seg_train'."""
+    words = re.findall('[a-z]+', re.sub(r'(set|images|data)$', '', folder.lower()))
     for split, names in SPLITS.items():
-        if stem in names:
+        if not set(names).isdisjoint(words):
             return split
     return None
 
@@ -104,11 +104,11 @@ def find_splits(folders):
     """
     found = {}
     for folder in folders:
-        found.setdefault(split_of(folder), folder)
-    train = found.get('train')
-    scored = found.get('val', found.get('test'))
+        found.setdefault(split_of(folder), []).append(folder)
+    train, *more_train = found.get('train', [None])
+    scored, *more_scored = found.get('val', found.get('test', [None]))
     names = ', '.join(ascii(folder) for folder in folders)
-    if None not in found:
+    if None not in found and not more_train and not more_scored:
         if folders and not train:
             raise ValueError(f'the folders {names} have no training images beside them; '
                              f'set --data-root to one of them, or rename one to train')

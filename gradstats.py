@@ -11,7 +11,7 @@ and, ours, how far it still points the right way:
     cosine(tau)   = <E g_tau0, E g_tau> / (|| E g_tau0 || || E g_tau ||)
     slope(tau)    = <E g_tau0, P E g_tau>,  P = 1 / sqrt(E g_tau^2) per coordinate
 
-slope is how fast the wanted loss falls along the step of an Adam that has seen tau alone.
+slope is how fast the wanted loss falls along the step of Adam trained under tau alone.
 
 All of these are made of products <E a, E b>. The naive product of two means over n batches is
 biased by the noise that they share: || mean d ||^2 adds Var(d) / n, most of what it reports late
@@ -72,14 +72,15 @@ class GradStats:
 
 
 def gradient_stats(grad_fn, strategies, reference, batches, groups=4, scale=None):
-    """{strategy: GradStats} of `strategies`, the reference among them or not.
+    """{strategy: GradStats} of `strategies`, which need not include the reference.
 
     grad_fn(batch, strategy) -> flat gradient of the loss on this batch. It must not change any
     state, and repeat its draws of views for the same batch. batches: a sequence, a multiple of
     `groups`. scale: a metric, one factor per coordinate (see adam_scale) or None; slope has a
     metric of its own.
 
-    Time: one gradient per strategy and batch. Memory: groups + 1 gradients per strategy.
+    Batches are visited in order, each under every strategy before the next.
+    Time: one gradient per strategy and batch. Memory: groups + 3 gradients per strategy.
     """
     batches = list(batches)
     if groups < 3 or not batches or len(batches) % groups:

@@ -276,7 +276,7 @@ class MoCo(nn.Module):
     def at(self, progress):
         """Nothing of MoCo-v3's loss changes over training."""
 
-    def resting(self):
+    def frozen(self):
         return []
 
     def update_teacher(self, momentum):
@@ -328,7 +328,7 @@ class SimCLR(nn.Module):
     def at(self, progress):
         """Nothing of SimCLR's loss changes over training."""
 
-    def resting(self):
+    def frozen(self):
         return []
 
     def update_teacher(self, momentum):
@@ -401,15 +401,15 @@ class DINO(nn.Module):
         return passes + [dict(view=v, **teacher) for v in range(2)]
 
     def at(self, progress):
-        """DINO's schedules, of 100 epochs: the teacher's temperature rises for 30, the last layer
-        rests for 1."""
+        """DINO's schedules, of 100 epochs: the teacher's temperature rises for the first 30, and
+        the last layer is frozen for the first 1."""
         cold, warm = self.teacher_temps
         self.teacher_temp = cold + (warm - cold) * min(1.0, progress / 0.3)
-        self.last_layer_rests = progress < 0.01
+        self.last_layer_frozen = progress < 0.01
 
-    def resting(self):
+    def frozen(self):
         """Parameters that this step must neither move nor decay."""
-        return [self.student_head.last_layer.weight] if self.last_layer_rests else []
+        return [self.student_head.last_layer.weight] if self.last_layer_frozen else []
 
     def update_teacher(self, momentum):
         ema_update(self.teacher, self.student, momentum)

@@ -40,6 +40,7 @@ from compress import (
     tokens_of,
 )
 from eval import extract_features
+from files import read_image
 from losses import MoCo
 from schedule import ca_mse, load_table
 from shapes import render_shapes
@@ -112,10 +113,10 @@ def square_image(path=None, side=2 * SIDE):
         images, _ = render_shapes(12, seed=0, side=side)
         return images[5:6] / 255
     size = (side, side)
-    with Image.open(path) as photo:
-        photo = ImageOps.exif_transpose(photo)
-        photo = photo.convert('RGB')
-        square = ImageOps.fit(photo, size, Image.Resampling.BICUBIC)
+    photo, reason = read_image(path)
+    if photo is None:
+        raise ValueError(f'{quoted(path)} cannot be read: {reason}')
+    square = ImageOps.fit(photo, size, Image.Resampling.BICUBIC)
     return pil_to_tensor(square)[None] / 255
 
 

@@ -80,18 +80,30 @@ def agree(loss, stop_number):
 
 
 class StopSignal:
-    """Remembers a signal to stop, so that the step can be finished; a second one stops at once."""
+    """Remembers a signal to stop, so that the step can be finished; a second one stops at once.
+
+    Within two seconds it is the same signal twice: a scheduler sends it to all processes, and
+    torchrun passes its own on. A process that has lost its torchrun stops as on SIGTERM.
+    """
 
     def __init__(self):
         self.number = 0
+        self.received_at = 0.0
+        self.agent = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
         for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self.receive)
 
     def receive(self, number, frame):
-        if self.number:
+        if not self.number:
+            self.number = number
+            self.received_at = time.monotonic()
+        elif time.monotonic() - self.received_at > 2:
             os._exit(128 + number)
-        self.number = number
+
+    def pending(self):
+        orphaned = self.agent not in (None, os.getppid())
+        return self.number or (signal.SIGTERM if orphaned else 0)
 
 
 def exit_status(number):
@@ -180,8 +192,8 @@ def restore(run, checkpoint):
     for name, now in run.identity.items():
         then = checkpoint.get(name)
         if then != now:
-            raise ValueError(f'the run had {name} {then}, now it is {now}: it would be '
-                             f'another run; resume it as it was')
+            raise ValueError(f'the run had {name} {then}, now it is {now}: resume '
+                             f'with the original data, processes and encoder')
     try:
         run.method.load_state_dict(checkpoint['method'])
         run.optimizer.load_state_dict(checkpoint['optimizer'])
@@ -193,9 +205,6 @@ def restore(run, checkpoint):
         lines = [line.strip() for line in str(error).splitlines()[:2]]
         raise ValueError(f'the checkpoint does not fit the flags of this run: '
                          f'{" ".join(lines)}') from None
-    if run.state.units >= run.plan.budget:
-        raise ValueError(f'{run.args.resume} has spent its budget of {run.plan.budget:,.0f} units; '
-                         f'start a new run for a longer one')
     if run.rank == 0:
         forget_after(run.folder / 'log.jsonl', run.state.step)
         forget_after(run.folder / 'gradstats.jsonl', run.state.step)
@@ -204,6 +213,10 @@ def restore(run, checkpoint):
 def reason(error):
     """The line that an error ends the run with, or None for one that nobody expected."""
     text = str(error)
+    if isinstance(error, (OSError, ValueError)):         # ours, that of a lost worker among them
+        return text
+    if 'closed by peer' in text:
+        return 'another process of this run ended; its last line says why'
     if isinstance(error, MemoryError) or 'out of memory' in text or "can't allocate" in text:
         return 'out of memory; lower --batch-size or --img-size, or use more processes'
     if 'DataLoader worker' in text:

@@ -15,6 +15,8 @@ whose average has a smaller variance and the same bias:
     schedule       = argmin over paths tau(p) of  sum_p CA-MSE(tau(p), p) / norm2(p),
                      c(tau(p)) never falling
 
+What the error bars cannot tell from the best counts as equal to it, and the cheaper one wins.
+
 Here c(tau) is the sample cost relative to the uncompressed one. RULES holds two rules of our own
 beside it.
 
@@ -240,8 +242,8 @@ def revise(schedule, rows, progress, rule='ca-mse'):
     """--schedule auto: the schedule so far, and from `progress` on the best strategy.
 
     rows: gradient errors measured at this progress. The strategy in use stays unless it is two
-    standard errors behind: a few batches err, and a wrong change costs more than a late one. Among
-    those that the error bars cannot tell from the best, the cheapest wins.
+    standard errors behind: a few batches are noisy, and a wrong change costs more than a late
+    one. Among those that the error bars cannot tell from the best, the cheapest wins.
     """
     # all rows share one norm2, the noisiest number: it cancels
     errors = {row['strategy']: RULES[rule](dict(row, norm2=1.0)) for row in rows}
@@ -270,10 +272,12 @@ def load_table(path, metric=None):
     if metric and metric not in metrics:
         found = ', '.join(sorted(set(metrics)))
         raise ValueError(f'{path} has no rows in the {metric} metric, only {found}')
-    return [row for row in rows if row['metric'] == (metric or metrics[0])]
+    wanted = [row for row in rows if row['metric'] == (metric or metrics[0])]
+    # the last row counts where --gradstats and auto measured at the same point
+    return list({(row['progress'], row['strategy']): row for row in wanted}.values())
 
 
-def print_table(rows, schedule, rule):
+def print_table(rows, schedule):
     """In fractions of the true squared norm; the gain is relative to no compression."""
     print(f'progress       strategy   cost        bias^2  cost x var         CA-MSE         '
           f'cosine       gain   ({rows[0]["metric"]} metric)')
@@ -302,7 +306,7 @@ def main():
 
     rows = load_table(args.stats, args.metric)
     schedule = solve(rows, not args.pointwise, args.rule)
-    print_table(rows, schedule, args.rule)
+    print_table(rows, schedule)
     costs = {row['strategy']: row['cost'] for row in rows}
     base = min(costs, key=lambda s: abs(costs[s] - 1))
     grid, errors = errors_over_progress(rows, args.rule)

@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import re
+import shlex
 import sys
 import time
 from argparse import ArgumentTypeError
@@ -33,7 +34,7 @@ from tqdm import tqdm
 import losses
 import pictures
 from commandline import (Parser, count, count_or_zero, fail, fraction, not_negative, note, number,
-                         pick_device, pick_precision, positive, rate, side)
+                         pick_device, pick_precision, positive, rate, size)
 from compress import Compression, rendered_side, sample_cost, tokens_of
 from data import DATASETS, batch_keys, load, shrink_note
 from eval import knn_accuracy
@@ -47,9 +48,9 @@ from views import keyed_generator, make_views, normalize, recipe
 from vit import Block, ViT
 from weights import load_backbone, save
 
-# What the three methods do differently: their papers' constants, but for sizes, batch and learning
-# rate, which are ours for small images and short runs. DINO needs no large batch, since its loss
-# is not contrastive, but many steps, since its teacher moves a little at each.
+# What the three methods do differently: their papers' constants, but for sizes, batch, learning
+# rate and DINO's momentum, which are ours for small images and short runs. DINO needs no large
+# batch, since its loss is not contrastive, but many steps, since its teacher moves little at each.
 METHODS = dict(
     moco=dict(out_dim=256, temperature=0.2, momentum=0.99, batch_size=128, lr=2e-3,
               weight_decay=0.1),
@@ -90,7 +91,7 @@ def strategies(text):
 
 
 def schedule_text(text):
-    if text in ('none', 'dynamic', 'auto'):
+    if text in ('none', 'default', 'auto'):
         return text
     try:
         return str(Schedule.parse(text))
@@ -126,11 +127,11 @@ def build_parser():
                        help='shapes is rendered, folder is any tree of images')
     group.add_argument('--data-root', default='data', help='folder of the data set')
     group.add_argument('--download', action='store_true', help='fetch the data set if absent')
-    group.add_argument('--img-size', type=side, default=32,
+    group.add_argument('--img-size', type=size, default=32,
                        help='side of the views in pixels (paper: 224)')
     group.add_argument('--local-crops', type=number(int, 0, 100), default=4,
                        help='DINO: number of local views (DINO: 8)')
-    group.add_argument('--local-size', type=side, default=16,
+    group.add_argument('--local-size', type=size, default=16,
                        help='DINO: side of the local views (DINO: 96)')
     group.add_argument('--crop-scale', type=number(float, 0.001, 1),
                        help="smallest area of a crop (default: the recipe's, 0.2 under 64 px)")
@@ -142,10 +143,10 @@ def build_parser():
     group = parser.add_argument_group('encoder')
     group.add_argument('--arch', default='toy', choices=ARCHS,
                        help='sets the next three (paper: vit_base)')
-    group.add_argument('--embed-dim', type=side, help='width')
-    group.add_argument('--depth', type=side, help='blocks')
-    group.add_argument('--num-heads', type=side, help='attention heads')
-    group.add_argument('--patch-size', type=side, default=4,
+    group.add_argument('--embed-dim', type=size, help='width')
+    group.add_argument('--depth', type=size, help='blocks')
+    group.add_argument('--num-heads', type=size, help='attention heads')
+    group.add_argument('--patch-size', type=size, default=4,
                        help='patch side in pixels, uncompressed (paper: 16)')
     group.add_argument('--freeze-patch-embed', action='store_true',
                        help="MoCo-v3's stop-grad-conv1")
@@ -155,7 +156,7 @@ def build_parser():
     group = parser.add_argument_group('objective')
     group.add_argument('--method', default='moco', choices=METHODS,
                        help='the defaults shown are those of the method given')
-    group.add_argument('--hidden', type=side, default=512,
+    group.add_argument('--hidden', type=size, default=512,
                        help='hidden width of the heads (MoCo-v3: 4096, DINO: 2048)')
     group.add_argument('--out-dim', type=number(int, 1, 10 ** 7),
                        help='outputs of the heads (DINO: 65536)')
@@ -166,9 +167,10 @@ def build_parser():
                        help='of the EMA teacher at the start; 1 at the end (DINO: 0.996)')
 
     group = parser.add_argument_group('compression')
-    group.add_argument('--schedule', type=schedule_text, default='dynamic',
-                       help='none, a strategy (p8-drop0.50), stages (p8@0,p4@0.7), dynamic (stages '
-                            'for this patch size), or auto: measure half way, go on with the best')
+    group.add_argument('--schedule', type=schedule_text, default='default',
+                       help='none, a strategy (p8-drop0.50), stages (p8@0,p4@0.7), default (twice '
+                            'the patch size, half of the tokens), or auto: begin with the default, '
+                            'measure half way, go on with the best')
     group.add_argument('--drop-branch', default='query', choices=('query', 'both'),
                        help='who drops tokens: query, student or first view alone, or both')
     group.add_argument('--patch-branch', default='both', choices=('query', 'both'),
@@ -181,7 +183,8 @@ def build_parser():
 
     group = parser.add_argument_group('gradient errors')
     group.add_argument('--gradstats', type=progress_points, default=[], metavar='P,P,...',
-                       help='measure them at these points of progress: 0.05,0.25,0.5,0.75,1')
+                       help='measure them at these points of progress, beside the budget: '
+                            '0.05,0.25,0.5,0.75,1')
     group.add_argument('--grid', type=strategies, metavar='TAU,TAU,...',
                        help='strategies to measure (default: 1, 2 and 4 times the patch size, '
                             'drop rates 0 and 0.5)')
@@ -244,15 +247,20 @@ def parse_args(argv):
             known.resume = None
     if known.resume is not None:
         checkpoint = load_checkpoint(Path(known.resume))
-        saved = checkpoint['args']
+        saved = {**checkpoint['args'], **ARCHS.get(known.arch, {})}
+        if saved.get('init'):                        # the file may be gone; the backbone is not
+            saved['init'] = str(Path(known.resume) / 'backbone.pt')
 
     parser = build_parser()
     parser.set_defaults(**METHODS.get(known.method or saved.get('method'), METHODS['moco']))
     parser.set_defaults(**ARCHS.get(known.arch or saved.get('arch'), ARCHS['toy']))
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    check_together(args, {part.partition('=')[0] for part in argv})
-    unused = [flag for flag in UNUSED[args.method] if flag in argv]
+    given = {word.partition('=')[0] for word in argv}
+    if '--budget' in given:
+        args.epochs = None                           # those of the run that is resumed
+    check_together(args, given)
+    unused = [flag for flag in UNUSED[args.method] if flag in given]
     if unused:
         note(f'{args.method} does not use {", ".join(unused)}')
     args.resume = str(known.resume) if known.resume is not None else None
@@ -261,8 +269,6 @@ def parse_args(argv):
 
 def check_together(args, given):
     """Flags that are given (a set of names) must not contradict each other."""
-    if '--budget' in given:
-        args.epochs = None                           # those of the run that is resumed
     if '--arch' in given and given & {'--embed-dim', '--depth'}:
         raise ValueError('--arch sets --embed-dim and --depth; give the name or the sizes')
     if 'adam' in args.metric and 0 in args.gradstats:
@@ -279,7 +285,8 @@ def build_encoder(args, in_chans):
                   freeze_patch_embed=args.freeze_patch_embed)
     if not args.init:
         return ViT(**config)
-    encoder, _ = load_backbone(args.init, args.num_heads)
+    with torch.device('cpu'):                        # in a dry run too, where 'meta' is the default
+        encoder, _ = load_backbone(args.init, args.num_heads)
     for flag in ('img_size', 'patch_size', 'in_chans', 'embed_dim', 'depth'):
         found = encoder.config[flag]
         if found != config[flag]:
@@ -313,11 +320,11 @@ def build_views(args):
 
 
 def build_schedule(args):
-    """The compression over progress; auto begins with what it may leave half way."""
+    """The compression over progress. auto begins with the default and may leave it half way."""
     p = args.patch_size
     if args.schedule == 'none':
         return Schedule(((0.0, Compression(p)),))
-    if args.schedule in ('dynamic', 'auto'):
+    if args.schedule in ('default', 'auto'):
         larger = min(2 * p, args.img_size)
         return Schedule(((0.0, Compression(larger, 0.5)),))
     return Schedule.parse(args.schedule)
@@ -345,7 +352,7 @@ def build_optimizer(method, args, device):
 
 @dataclass
 class Plan:
-    """What a run is going to do, known before any image is read."""
+    """What a run is going to do, and with what."""
     method: nn.Module
     views: list                                      # the recipe, at nominal sides
     schedule: Schedule
@@ -390,19 +397,19 @@ def announce(args, plan):
     config = method.encoder.config
     parameters = sum(p.numel() for p in method.encoder.parameters())
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    resting = sum(p.numel() for p in method.parameters()) - trained
+    still = sum(p.numel() for p in method.parameters()) - trained
     yield (f'encoder   {parameters:,} parameters: width {config["embed_dim"]}, depth '
            f'{config["depth"]}, {config["num_heads"]} heads, patch size {args.patch_size}')
-    yield (f'memory    {(16 * trained + 4 * resting) / 2 ** 30:.2f} GiB of weights, gradients and '
+    yield (f'memory    {(16 * trained + 4 * still) / 2 ** 30:.2f} GiB of weights, gradients and '
            f'optimizer; activations come on top')
     yield 'strategy        query tokens  key tokens  view, px   units/sample'
     for tau in sorted(plan.cost, key=plan.cost.get, reverse=True):
         key_patch, key_drop = losses.key_compression(method, tau.patch_size, tau.drop_rate)
         key_tokens = tokens_of(args.img_size, key_patch or args.patch_size, key_drop)
-        dear = '  more than uncompressed!' if plan.cost[tau] > plan.cost[plan.base] else ''
+        warning = '  more than uncompressed!' if plan.cost[tau] > plan.cost[plan.base] else ''
         yield (f'  {str(tau):14} {1 + tokens_of(args.img_size, tau.patch_size, tau.drop_rate):11} '
                f'{1 + key_tokens:11} {rendered_side(args.img_size, tau.patch_size):9} '
-               f'{plan.cost[tau]:14.3f}{dear}')
+               f'{plan.cost[tau]:14.3f}{warning}')
     epochs = plan.budget / plan.cost[plan.base] / plan.num_images
     yield f'budget    {plan.budget:,.0f} units: {epochs:.2f} uncompressed epochs'
     samples = 0
@@ -443,28 +450,30 @@ def auto_batches(args, plan):
     return min(32, affordable // GROUPS * GROUPS)
 
 
-def draw(plan, images, tau, key, device):
+def render_views(plan, images, tau, seed_key, device):
     """(views, key views or None, generator of the token draws) of a batch under strategy tau.
 
-    Each view has its own generator, so the same key renders the same crop and colours at any side.
-    Key views are views at another side; a view that no pass of a branch reads is None.
+    Each view has its own generator, so the same seed key gives the same crop and colours at any
+    side. Key views are views at another side. A view that no pass of a branch reads is None.
     """
     def render(patch_size, seen):
         views = [None] * len(plan.views)
         for i in seen:
             view = plan.views[i].at(rendered_side(plan.views[i].side, patch_size))
-            crops = images if torch.is_tensor(images) else images[i:i + 1]    # a folder's crops
-            generator = keyed_generator(*key, i, device=device)
+            # a folder's images were cropped by a loader worker, once for each view
+            crops = images if torch.is_tensor(images) else images[i:i + 1]
+            generator = keyed_generator(*seed_key, i, device=device)
             views[i] = make_views(crops, [view], generator)[0]
         return views
 
     passes = plan.method.passes(tau.patch_size, tau.drop_rate)
-    query = {one['view'] for one in passes if one['branch'] == 'query'}
-    keys = {one['view'] for one in passes if one['branch'] == 'key'}
-    generator = keyed_generator(*key, 'tokens', device=device)
+    query_ids = {one['view'] for one in passes if one['branch'] == 'query'}
+    key_ids = {one['view'] for one in passes if one['branch'] == 'key'}
+    generator = keyed_generator(*seed_key, 'tokens', device=device)
     if plan.method.patch_branch == 'both':
-        return render(tau.patch_size, query | keys), None, generator
-    return render(tau.patch_size, query), render(plan.base.patch_size, keys), generator
+        return render(tau.patch_size, query_ids | key_ids), None, generator
+    views = render(tau.patch_size, query_ids)
+    return views, render(plan.base.patch_size, key_ids), generator
 
 
 def load_once(args, rank, world):
@@ -542,8 +551,8 @@ def loss_of(run, model, images, tau, *key):
     The key, such as the step, fixes crops, colours and tokens: a resumed run draws the same, and so
     does every strategy that a probe compares.
     """
-    key = (run.args.seed, run.rank, *key)
-    views, key_views, generator = draw(run.plan, images, tau, key, run.device)
+    seed_key = (run.args.seed, run.rank, *key)
+    views, key_views, generator = render_views(run.plan, images, tau, seed_key, run.device)
 
     def normalized(view):
         return None if view is None else normalize(view, run.data.mean, run.data.std)
@@ -554,7 +563,7 @@ def loss_of(run, model, images, tau, *key):
         return model(views, tau.patch_size, tau.drop_rate, generator, key_views)
 
 
-def measure(run, point, batches, metric):
+def measure_gradients(run, point, batches, metric):
     """Rows of gradstats.jsonl for this point of progress: the gradient errors here and now.
 
     The batches are random ones of their own, and nothing of the run changes.
@@ -701,7 +710,7 @@ def set_up(args, checkpoint):
     optimizer = build_optimizer(method, args, device)
     half = pick_precision(args.precision, device) == torch.bfloat16
     parameters = [p for p in method.parameters() if p.requires_grad]
-    identity = dict(world=world, images=data.fingerprint)
+    identity = dict(world=world, images=data.fingerprint, **plan.method.encoder.config)
     run = Run(args, plan, data, method, model, optimizer, parameters, device, half, rank, world,
               State(str(plan.schedule)), identity, folder, log_file)
     if checkpoint:
@@ -742,7 +751,7 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
     probes = auto_batches(args, plan) if args.schedule == 'auto' else 0
     auto_at = [0.5] if probes else []
     if args.schedule == 'auto' and not probes:
-        run.say(f'warning: {100 * AUTO_SHARE:.0f} % of the budget do not pay for measuring '
+        run.say(f'warning: {100 * AUTO_SHARE:.0f} % of the budget cannot pay for measuring '
                 f'{GROUPS} batches; auto stays with {schedule}. Raise --budget')
     stop = StopSignal()
     bar = Progress(plan.budget, state, run.rank == 0)
@@ -755,7 +764,7 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
 
         # auto: once, half way, look how wrong each strategy is here, and go on with the best
         if run.due(auto_at):
-            rows = measure(run, 0.5, probes, 'adam')
+            rows = measure_gradients(run, 0.5, probes, 'adam')
             schedule = revise(schedule, rows, 0.5)
             run.say(f'auto      at 50 %: on with {schedule.at(progress)}')
             state.schedule = str(schedule)
@@ -769,9 +778,9 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
             score(run)
         for point in run.due(args.gradstats):
             for metric in dict.fromkeys(args.metric):
-                measure(run, point, args.probe_batches, metric)
+                measure_gradients(run, point, args.probe_batches, metric)
         minutes = (time.perf_counter() - saved_at) / 60
-        ends = progress == 1 or stopping or state.step == args.max_steps
+        ends = progress == 1 or stopping or state.step >= (args.max_steps or math.inf)
         saves = run.due(save_at) or minutes > args.save_minutes
         state.seen = progress
         if saves or ends:
@@ -795,7 +804,7 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
         images = next(batches)
         state.seconds_data += time.perf_counter() - start
         loss, metrics = loss_of(run, run.model, images, tau, state.step)
-        mean_loss, stopping = agree(loss, stop.number)
+        mean_loss, stopping = agree(loss, stop.pending())
         if not math.isfinite(mean_loss):
             give_up(run, f'the loss is {mean_loss}')
 
@@ -804,7 +813,7 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
         loss.backward()
         if args.method == 'dino':
             clip_each(run.parameters, DINO_CLIP)
-        for parameter in run.method.resting():         # neither moved nor decayed
+        for parameter in run.method.frozen():          # neither moved nor decayed
             parameter.grad = None
         run.optimizer.step()
         run.method.update_teacher(momentum)
@@ -828,10 +837,11 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
         return exit_status(stopping)
     if run.rank == 0:
         pictures.curves_of_run(run.folder)
-    root = f' --data-root {args.data_root}' if args.dataset == 'folder' else ''
+    root = f' --data-root {shlex.quote(args.data_root)}' if args.dataset == 'folder' else ''
     run.say(f'{state.step:,} steps, {state.samples:,} samples for {state.units:,.0f} units in '
             f'{state.seconds:.0f} s, {100 * state.seconds_data / state.seconds:.0f} % of them '
-            f'waiting for data; python eval.py --weights {run.folder}/backbone.pt{root} scores it')
+            f'waiting for data; python eval.py --weights {run.folder}/backbone.pt{root} '
+            f'{"scores it" if scorable(run.data) else "--export features.npz writes its features"}')
     return 0
 
 

@@ -53,10 +53,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        qkv = self.qkv(x)                                                     # b n (3 a d)
-        q, k, v = rearrange(qkv, 'b n (three a d) -> three b a n d', three=3, a=self.num_heads)
+        qkv = self.qkv(x)                                                     # b n (3 a e)
+        q, k, v = rearrange(qkv, 'b n (three a e) -> three b a n e', three=3, a=self.num_heads)
         x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(x, 'b a n d -> b n (a d)'))
+        return self.proj(rearrange(x, 'b a n e -> b n (a e)'))
 
 
 class Mlp(nn.Module):

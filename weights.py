@@ -192,8 +192,8 @@ def find_encoder(saved, prefix=None):
     if prefix is not None:
         chosen = [path for path in paths if path.rstrip('.') == prefix.rstrip('.')]
     if len(chosen) != 1:
-        raise ValueError(f'choose one of its encoders by --encoder-prefix: '
-                         f'{", ".join(map(quoted, paths))}')
+        raise ValueError(f'it holds several encoders: save one of them alone, or choose it by '
+                         f'--encoder-prefix of eval.py: {", ".join(map(quoted, paths))}')
 
     prefix = chosen[0]
     inside = {key.removeprefix(prefix): flat[key] for key in flat if key.startswith(prefix)}
@@ -293,8 +293,8 @@ def load_backbone(path, num_heads=None, prefix=None):
         config = saved.get('config', saved.get('sizes'))    # 'sizes': files of the first version
         ours = isinstance(config, dict)
         if ours and num_heads not in (None, config.get('num_heads')):
-            raise ValueError(f'it says that it has {config.get("num_heads")} heads; leave out '
-                             f'--num-heads {num_heads}')
+            raise ValueError(f'it says that it has {config.get("num_heads")} heads, not '
+                             f'{num_heads}; set --num-heads to them')
         encoder = ViT(**(config if ours else config_of(tensors, prefix, num_heads)))
         check_tensors(encoder, tensors)
     except TypeError as error:

@@ -16,11 +16,9 @@ from pictures import PALETTE, new_figure, save_figure
 from schedule import cosine, polynomial
 from weights import quoted
 
-LOOKS = {
-    'uncompressed': dict(color=PALETTE[0], marker='o'),
-    'best constant strategy': dict(color=PALETTE[2], marker='s'),
-    'dynamic schedule': dict(color=PALETTE[1], marker='^'),
-}
+# uncompressed, then the rows of the headline in their order
+LOOKS = [dict(color=PALETTE[0], marker='o'), dict(color=PALETTE[3], marker='D'),
+         dict(color=PALETTE[2], marker='s'), dict(color=PALETTE[1], marker='^')]
 
 
 def mean_curve(runs):
@@ -34,31 +32,12 @@ def mean_curve(runs):
     return curve
 
 
-def best_constant(records, dataset, rows):
-    """(strategy, curve) of the constant strategy with the best mean score over its budgets."""
-    curves = {}
-    for row in rows:
-        runs = select(records, dataset, row)
-        if runs:
-            curves[row.schedule] = mean_curve(runs)
-    if not curves:
-        return None, []
-    # over the budgets that all of them have, or the strategy with the longest run would win
-    shared = min(len(curve) for curve in curves.values())
-
-    def mean_score(name):
-        return statistics.mean(score for _, score, _ in curves[name][:shared])
-
-    best = max(curves, key=mean_score)
-    return best, curves[best]
-
-
-def draw_curve(axis, curve, name):
+def draw_curve(axis, curve, name, look):
     units, means, spreads = zip(*curve)
     low = [mean - spread for mean, spread in zip(means, spreads)]
     high = [mean + spread for mean, spread in zip(means, spreads)]
-    axis.plot(units, means, label=name, **LOOKS[name])
-    axis.fill_between(units, low, high, color=LOOKS[name]['color'], alpha=0.2, linewidth=0)
+    axis.plot(units, means, label=name, **look)
+    axis.fill_between(units, low, high, color=look['color'], alpha=0.2, linewidth=0)
 
 
 def draw_speed_up(axis, base, fast, color):
@@ -80,22 +59,19 @@ def draw_speed_up(axis, base, fast, color):
 
 def draw_panel(axis, records, dataset):
     """The curves of one data set, those of them that have runs."""
-    none, *constants, dynamic = STUDIES['headline'].rows
-    base = mean_curve(select(records, dataset, none))
-    fast = mean_curve(select(records, dataset, dynamic))
-    strategy, constant = best_constant(records, dataset, constants)
-    for curve, name in zip((base, constant, fast), LOOKS):
+    curves = []
+    for row, look in zip(STUDIES['headline'].rows, LOOKS):
+        curve = mean_curve(select(records, dataset, row))
+        curves.append(curve)
         if curve:
-            draw_curve(axis, curve, name)
-    if base and (fast or constant):
-        # from the better one of the two curves at its end
-        _, name, curve = max((curve[-1][1], name, curve)
-                             for curve, name in zip((constant, fast), list(LOOKS)[1:]) if curve)
-        draw_speed_up(axis, base, curve, LOOKS[name]['color'])
-    title = TITLES[dataset]
-    if strategy:
-        title += f'\nbest constant: {strategy}'
-    axis.set(title=title, xlabel='budget, million units')
+            name = 'uncompressed' if row.schedule == 'none' else row.schedule
+            draw_curve(axis, curve, name, look)
+    base, *others = curves
+    if base and any(others):
+        # from the longest of the others, the best of these
+        fast = max(others, key=lambda curve: curve[-1][:2] if curve else (0, 0))
+        draw_speed_up(axis, base, fast, LOOKS[curves.index(fast)]['color'])
+    axis.set(title=TITLES[dataset], xlabel='budget, million units')
 
     random = random_score(records, dataset)
     if random:
@@ -109,7 +85,7 @@ def draw_panel(axis, records, dataset):
 
 
 def headline(path):
-    """20-NN accuracy over budget on three data sets: uncompressed, best constant, dynamic."""
+    """20-NN accuracy over budget on three data sets, mean and spread over seeds."""
     records = load_results(path)
     figure = new_figure(height=3.4)
     axes = figure.subplots(1, len(TITLES))

@@ -176,6 +176,11 @@ def speed_up_text(outcomes):
     return ', '.join(text.strip() for text in texts)
 
 
+def is_timed(run):
+    """Whether the seconds of a run are worth something: no other work ran beside it."""
+    return not run['machine'].get('crowded')
+
+
 def speed_up_table(records, dataset, rows):
     """A line for each accelerated row and each budget of its uncompressed runs, the largest first.
     """
@@ -192,8 +197,10 @@ def speed_up_table(records, dataset, rows):
             seconds = speed_ups(base, fast, budget, 'seconds')
             if units:
                 accuracy = mean_and_spread([run['knn'] for run in base[budget].values()])
+                timed = all(is_timed(run) for by_seed in (base[budget], *fast.values())
+                            for run in by_seed.values())
                 lines.append([row.method, label(row), f'{budget:g}', accuracy, len(units),
-                              speed_up_text(units), speed_up_text(seconds)])
+                              speed_up_text(units), speed_up_text(seconds) if timed else '-'])
     head = ['method', 'schedule', 'uncompressed budget, M', 'its 20-NN, %', 'n',
             'times fewer units', 'times fewer seconds']
     return markdown(head, lines)
@@ -232,7 +239,9 @@ def score_table(records, dataset, rows):
     for (row, budget), runs in sorted(runs_of.items(), key=lambda item: item[0][1]):
         line = [row.method, label(row), f'{budget:g}', len(runs)]
         for key, digits in (('samples', 0), ('seconds', 0), ('nn', 2), ('knn', 2)):
-            line.append(mean_and_spread([run[key] for run in runs], digits))
+            values = [run[key] for run in runs]
+            shown = key != 'seconds' or all(map(is_timed, runs))
+            line.append(mean_and_spread(values, digits) if shown else '-')
         for name in protocols:
             scores = [run['eval'][name] for run in runs if name in run.get('eval', {})]
             line.append(mean_and_spread(scores) if scores else '')
@@ -246,6 +255,9 @@ def section(title, records, studies, table):
     parts = [f'## {title}']
     for name, study in studies.items():
         for dataset in study.datasets:
+            # rows shared with another study do not make a table of their own
+            if not any((r['study'], r['dataset']) == (name, dataset) for r in records):
+                continue
             text = table(records, dataset, study.rows)
             if text:
                 command = f'python experiments/reproduce.py run {name} --datasets {dataset}'
@@ -277,7 +289,8 @@ each table stands the command that makes its runs; data sets with files need `--
 Budgets are in millions of units, forward passes of the uncompressed encoder on one image. NN and
 20-NN are the percentages of test images whose class the nearest training images name, always with
 uncompressed features. Numbers are means over n seeds, +- the standard deviation. Seconds are those
-of training, without scoring; runs.jsonl has the machine of each run and how many ran at once."""
+of training, without scoring; runs.jsonl has the machine of each run and how many ran at once. `-`:
+other work ran on the machine, so the seconds are no timings."""
 
 SPEED_UPS = """How much less an accelerated run needs for the final 20-NN accuracy of the
 uncompressed run of the same seed, read off the final accuracies over budgets, on a line in the

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from commandline import (Parser, count, count_or_zero, fail, fraction, not_negative, pick_device,
-                         pick_precision, positive, rate, side)
+                         pick_precision, positive, rate, size)
 
 GOOD_VALUES = [
     (positive, '1e-3', 0.001),
@@ -14,7 +14,7 @@ GOOD_VALUES = [
     (rate, '0', 0.0),
     (count, '1281167', 1_281_167),
     (count_or_zero, '0', 0),
-    (side, '224', 224),
+    (size, '224', 224),
 ]
 BAD_VALUES = [
     (positive, '0', '0 must be above 0'),
@@ -27,8 +27,8 @@ BAD_VALUES = [
     (count, '0', '0 must be at least 1'),
     (count, '2.5', "'2.5' is not a whole number"),
     (count_or_zero, '-1', '-1 must be at least 0'),
-    (side, '0', '0 must be at least 1'),
-    (side, '1000000', '1000000 must be at least 1 and at most 10000'),
+    (size, '0', '0 must be at least 1'),
+    (size, '1000000', '1000000 must be at least 1 and at most 10000'),
 ]
 
 

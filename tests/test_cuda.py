@@ -45,7 +45,7 @@ def images_of(run):
 def inputs_of(run):
     """A batch for run.method under strong compression; views and tokens are drawn on the CPU."""
     images = run.data.images[:16]
-    views, _, generator = train.draw(run.plan, images, STRONG, ('cuda test',), CPU)
+    views, _, generator = train.render_views(run.plan, images, STRONG, ('cuda test',), CPU)
     views = [normalize(view, run.data.mean, run.data.std) for view in views]
     dtype = run.parameters[0].dtype
     views = [view.to(run.device, dtype) for view in views]
@@ -170,7 +170,7 @@ def test_probe_measures_and_changes_nothing(method, start):
     run = start(method, 'cuda', '--gradstats', '0', '--grid', 'p8,p8-drop0.50',
                 '--metric', 'euclidean')
     before = {name: value.clone() for name, value in run.method.state_dict().items()}
-    rows = train.measure(run, point=0.0, batches=8, metric='euclidean')
+    rows = train.measure_gradients(run, point=0.0, batches=8, metric='euclidean')
     assert [str(row['strategy']) for row in rows] == ['p4', 'p8', 'p8-drop0.50']
     assert rows[0]['bias2'] == 0 and rows[0]['cost'] == 1
     assert all(row['variance'] > 0 and math.isfinite(row['mse']) for row in rows)

@@ -51,7 +51,7 @@ def record(schedule, budget, seed, knn, dataset='shapes'):
     before = dict(units=0, seconds=0, nn=28.0, knn=30.0)
     return dict(name=f'{dataset}-moco-{schedule}-{budget}-{seed}', study='headline',
                 dataset=dataset, method='moco', schedule=schedule, variant='', budget=budget,
-                seed=seed, samples=1000, units=units, seconds=seconds, nn=knn, knn=knn,
+                seed=seed, machine={}, samples=1000, units=units, seconds=seconds, nn=knn, knn=knn,
                 curve=[before])
 
 

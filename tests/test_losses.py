@@ -127,10 +127,10 @@ def test_dino_over_training():
         method.at(progress)
         assert method.teacher_temp == pytest.approx(temperature)
     method.at(0.01)
-    assert method.resting() == []
+    assert method.frozen() == []
     method.at(0.009)
-    assert len(method.resting()) == 1
-    assert method.resting()[0] is last_layer
+    assert len(method.frozen()) == 1
+    assert method.frozen()[0] is last_layer
 
 
 # ---- heads, the EMA copy, monitors

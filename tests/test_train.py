@@ -276,7 +276,7 @@ def test_draws_depend_on_their_key_alone():
     images = torch.randint(256, (16, 1, 28, 28), dtype=torch.uint8)
 
     def drawn(*key):
-        views, _, generator = train.draw(plan, images, Compression(8, 0.5), key, 'cpu')
+        views, _, generator = train.render_views(plan, images, Compression(8, 0.5), key, 'cpu')
         return [*views, torch.rand(4, generator=generator)]
     assert same(drawn(0, 0, 5), drawn(0, 0, 5))
     for other in ((1, 0, 5), (0, 1, 5), (0, 0, 6)):   # another seed, process or step
@@ -294,7 +294,7 @@ def test_patch_branch_query_renders_each_branch_at_its_own_side(run, capsys):
     args, _ = train.parse_args([*SMALL, *map(str, flags)])
     plan = train.make_plan(args, 1, 320)
     images = torch.zeros(16, 1, 28, 28, dtype=torch.uint8)
-    views, key_views, _ = train.draw(plan, images, Compression(12), (0,), 'cpu')
+    views, key_views, _ = train.render_views(plan, images, Compression(12), (0,), 'cpu')
     assert [view is None for view in views] == [False, True]
     assert [view is None for view in key_views] == [True, False]
     assert views[0].shape[-1] == 12 and key_views[1].shape[-1] == 16

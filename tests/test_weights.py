@@ -298,7 +298,7 @@ def test_several_encoders_are_a_question(tmp_path):
     right = timm_vit().state_dict()
     wrong = {key: value + 1 for key, value in right.items()}
     torch.save(prefixed('encoder_q.', wrong) | prefixed('encoder_k.', right), tmp_path / 'a.pth')
-    with pytest.raises(ValueError, match="by --encoder-prefix: 'encoder_q.', 'encoder_k.'"):
+    with pytest.raises(ValueError, match="prefix of eval.py: 'encoder_q.', 'encoder_k.'"):
         load_backbone(tmp_path / 'a.pth')
     for prefix in ('encoder_k', 'encoder_k.'):
         encoder, info = load_backbone(tmp_path / 'a.pth', prefix=prefix)
@@ -390,7 +390,7 @@ def test_weights_that_do_not_fit(saved, message, tmp_path):
 
 
 def test_a_contradicting_number_of_heads(backbone):
-    with pytest.raises(ValueError, match='it has 2 heads; leave out --num-heads 4'):
+    with pytest.raises(ValueError, match='it has 2 heads, not 4; set --num-heads to them'):
         load_backbone(backbone, num_heads=4)
-    with pytest.raises(ValueError, match="choose one of its .* by --encoder-prefix: 'model.'"):
+    with pytest.raises(ValueError, match="choose it by --encoder-prefix of eval.py: 'model.'"):
         load_backbone(backbone, prefix='teacher')
