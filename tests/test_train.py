@@ -378,7 +378,7 @@ def test_auto_measures_within_its_share_and_pays(run, larger_share):
 
 def test_auto_that_cannot_pay_says_so(run, capsys):
     folder = run('--schedule', 'auto', '--budget', 0.0005, '--name', 'a', '--eval-every', 0) / 'a'
-    assert 'do not pay for measuring' in capsys.readouterr().out
+    assert 'cannot pay for measuring' in capsys.readouterr().out
     assert {line['query'] for line in steps_of(folder)} == {'p8-drop0.50'}
 
 
