@@ -28,7 +28,7 @@ def test_a_snippet_runs_as_it_is_shown(snippet, tmp_path, monkeypatch):
 
 
 def test_there_are_five_snippets():
-    assert len(SNIPPETS) == 5 and len(COMMANDS) == 3
+    assert len(SNIPPETS) == 5 and len(COMMANDS) == 4
 
 
 @pytest.mark.parametrize('command', COMMANDS)
