@@ -1,3 +1,4 @@
+import contextlib
 import argparse
 import os
 import random
@@ -53,22 +54,27 @@ def test_save_and_read(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['text', 'value.pt']
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """No file of this process may grow over 10,000 bytes, as if the disk were full then."""
+    """No file of this process may grow over 10,000 bytes, as if the disk were full then.
+
+    Not longer than it takes: pytest itself may write to a file.
+    """
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
 
 @pytest.mark.parametrize('value', ('x' * 20_000, dict(tensor=torch.zeros(10_000))))
-def test_full_disk_keeps_the_old_file(value, tmp_path, full_disk):
+def test_full_disk_keeps_the_old_file(value, tmp_path):
     """Python's reason is 'File too large'. Sometimes torch notices first, in its own words."""
     path = tmp_path / 'value.pt'
     save('old', path)
     reason = '(File too large|no space left on the disk)'
-    with pytest.raises(OSError, match=f"value.pt' cannot be written: {reason}$"):
+    with pytest.raises(OSError, match=f"value.pt' cannot be written: {reason}$"), full_disk():
         save(value, path)
     assert path.read_text() == 'old' and os.listdir(tmp_path) == ['value.pt']
 
