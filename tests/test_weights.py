@@ -1,5 +1,5 @@
-import contextlib
 import argparse
+import contextlib
 import os
 import random
 import resource
