@@ -63,7 +63,7 @@ HELD_OUT = 8                    # batches for the loss, of 128 test images each
 BANK = 2_500                    # images for 20-NN
 QUERIES = 2_400
 VARIANTS = {
-    'default': [],
+    'default': ['--lr', '4e-3'],    # the rate of the states in predict.jsonl
     'half-lr': ['--lr', '2e-3'],
     'batch-64': ['--batch-size', '64'],
 }
@@ -354,11 +354,18 @@ def constant_order(state, states, truth, same):
     return means(orders) if orders else None
 
 
+def order_of_data_set(state, states, truth):
+    """The mean ranks in the other states of the same data set."""
+    relatives = [other for other in states if other.dataset == state.dataset]
+    return constant_order(state, relatives, truth, same='group')
+
+
 def own_truth(state, states, truth):
     return state.column(truth) if other_seeds(state, states) else None
 
 
 CONSTANT = 'baseline: constant order'
+OF_DATA_SET = 'baseline: constant order, this data set'
 CHEAPEST = 'baseline: cheapest first'
 DEAREST = 'baseline: most expensive first'
 CEILING = 'ceiling: the truth of one seed'
@@ -372,6 +379,7 @@ PREDICTORS = {
     'rollout, student': partial(rollout, 'student'),
     'rollout, EMA teacher': partial(rollout, 'teacher'),
     CONSTANT: partial(constant_order, same='group'),
+    OF_DATA_SET: order_of_data_set,
     'baseline: of the other data set': partial(constant_order, same='dataset'),
     CHEAPEST: cheapest_first,
     DEAREST: dearest_first,
@@ -492,7 +500,7 @@ def table(args):
 def draw(axis, states, measure, looks):
     """One point for each state and rule, a large one for the mean, and lines for the baselines."""
     rules = [name for name in PREDICTORS if ':' not in name]
-    for name, style in {CONSTANT: '-', DEAREST: '--', CHEAPEST: '-.', CEILING: ':'}.items():
+    for name, style in {CONSTANT: '--', OF_DATA_SET: '-', CHEAPEST: '-.', CEILING: ':'}.items():
         verdicts = judge(PREDICTORS[name], states, 'student')
         if verdicts:                        # one seed has no ceiling
             x = statistics.mean(getattr(v, measure) for v in verdicts.values())
