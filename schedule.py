@@ -269,6 +269,9 @@ def load_table(path, metric=None):
         metrics = [row['metric'] for row in rows]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'{path} is not a gradstats.jsonl of train.py') from None
+    if any('slope' not in row for row in rows):
+        raise ValueError(f'{path} is of an earlier version, which counted other units and had no '
+                         f'cosine and slope; measure again')
     if metric and metric not in metrics:
         found = ', '.join(sorted(set(metrics)))
         raise ValueError(f'{path} has no rows in the {metric} metric, only {found}')

@@ -93,6 +93,9 @@ def strategies(text):
 def schedule_text(text):
     if text in ('none', 'default', 'auto'):
         return text
+    if text.endswith('.json'):
+        raise ArgumentTypeError(f'{text!r} is a file of an earlier version, which counted other '
+                                f'units; a schedule is its text now, such as p8@0,p4@0.7')
     try:
         return str(Schedule.parse(text))
     except ValueError as error:

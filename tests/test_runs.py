@@ -273,6 +273,7 @@ def test_flags_that_the_method_does_not_use_are_named(run, capsys):
     ('--schedule p32', 'patch size 32 is larger than the image'),
     ('--schedule p4-drop1.5', 'drop rate 1.5 is outside'),
     ('--schedule fast', "'fast' is not a compression"),
+    ('--schedule schedule.json', 'of an earlier version, which counted other units'),
     ('--schedule p4@0.5', 'begins at progress 0'),
     ('--schedule p4@0,p8@nan', 'increasing progress below 1'),
     ('--gradstats 0,2', '2 must be at least 0 and at most 1'),

@@ -309,6 +309,10 @@ def test_the_command_refuses_files_that_are_no_tables(stats_file, monkeypatch, t
     with pytest.raises(ValueError, match='has no rows in the euclidean metric, only adam'):
         stats_file.write_text(stats_file.read_text().replace('euclidean', 'adam'))
         call_main(monkeypatch, stats_file, '--metric', 'euclidean')
+    old = dict(progress=0.5, strategy='p4', cost=1, bias2=0, variance=1, norm2=1, metric='adam')
+    stats_file.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match='of an earlier version, which counted other units'):
+        call_main(monkeypatch, stats_file)
     stats_file.write_text('{"progress": 0}\nnonsense')
     with pytest.raises(ValueError, match='is not a gradstats.jsonl'):
         call_main(monkeypatch, stats_file)
