@@ -59,7 +59,7 @@ def table(tmp_path):
         for strategy, cost, bias2 in strategies:
             rows.append(dict(progress=progress, strategy=strategy, cost=cost, metric=metric,
                              bias2=bias2, bias2_sem=0.05, variance=2.0, variance_sem=0.1,
-                             norm2=norm2, norm2_sem=0.1))
+                             norm2=norm2, norm2_sem=0.1, slope=1.0))
     write_lines(path, rows)
     return path
 
