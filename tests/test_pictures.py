@@ -244,7 +244,7 @@ def test_without_matplotlib_training_goes_on_and_says_so_once(run):
 def test_gradstats_shows_fractions_of_the_squared_norm(tmp_path):
     """norm2 = 4: bias^2 2 / 4 = 0.5, cost x variance 0.3 * 8 / 4 = 0.6, CA-MSE their sum, 1.1."""
     row = dict(progress=0.5, strategy='p8', cost=0.3, metric='adam', bias2=2.0, bias2_sem=0.1,
-               variance=8.0, variance_sem=0.1, norm2=4.0, norm2_sem=0.1)
+               variance=8.0, variance_sem=0.1, norm2=4.0, norm2_sem=0.1, slope=1.0)
     write_lines(tmp_path / 'gradstats.jsonl', [row])
     figure = pictures.gradstats(tmp_path / 'gradstats.jsonl')
     drawn = [axis.lines[0].get_ydata().item() for axis in figure.axes]
