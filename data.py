@@ -41,7 +41,7 @@ from tqdm import tqdm
 from files import EXTENSIONS, find_splits, first_folder, first_folders, list_images, split_of
 from files import Decoder, center_crop, image_size, random_crops, read_image
 from shapes import SHAPES, render_shapes
-from views import keyed_generator, make_views, resize
+from views import IMAGENET_MEAN, IMAGENET_STD, keyed_generator, make_views, resize
 
 TORCHVISION = dict(
     fashion_mnist=datasets.FashionMNIST,
@@ -53,17 +53,22 @@ DATASETS = ('shapes', *TORCHVISION, 'folder')
 
 # ---------------------------------------------------------------- order and subsets
 
+def steps_per_epoch(n, batch_size):
+    """Whole batches of n images, at least one."""
+    if n < batch_size:
+        raise ValueError(f'batch size {batch_size} is larger than the {n} images; '
+                         f'lower --batch-size')
+    return n // batch_size
+
+
 def batch_keys(n, batch_size, seed, start_step=0, rank=0, world=1):
     """Endless batches, each a list of (epoch, index), from a step on.
 
     batch_size counts the images of all ranks; the last partial batch of an epoch is dropped. The
     order of an epoch depends on (seed, epoch) alone, so that a resumed run finds its place again.
     """
-    steps = n // batch_size
+    steps = steps_per_epoch(n, batch_size)
     share = batch_size // world
-    if steps < 1:
-        raise ValueError(f'batch size {batch_size} is larger than the {n} images; '
-                         f'lower --batch-size')
 
     @lru_cache(maxsize=1)
     def order(epoch):
@@ -239,8 +244,8 @@ class FolderImages(Images):
     named, counted and replaced by the next; more than 1 % of them stop the run. say: prints a line.
     """
     channels = 3
-    mean = (0.485, 0.456, 0.406)                               # of ImageNet
-    std = (0.229, 0.224, 0.225)
+    mean = IMAGENET_MEAN
+    std = IMAGENET_STD
 
     def __init__(self, root, say=print):
         self.root = str(root)

@@ -211,6 +211,14 @@ def key_compression(method, patch_size, drop_rate):
     return key_patch, key_drop
 
 
+def branches(method, patch_size, drop_rate):
+    """What `passes` of a method say of its query and of its key branch, as two dicts."""
+    key_patch, key_drop = key_compression(method, patch_size, drop_rate)
+    query = dict(branch='query', patch_size=patch_size, drop_rate=drop_rate)
+    key = dict(branch='key', patch_size=key_patch, drop_rate=key_drop)
+    return query, key
+
+
 # ---------------------------------------------------------------- methods: views in, loss out
 
 class MoCo(nn.Module):
@@ -264,11 +272,9 @@ class MoCo(nn.Module):
 
     def passes(self, patch_size=None, drop_rate=0.0):
         """The encoder's passes over one sample, for compress.sample_cost."""
-        key_patch, key_drop = key_compression(self, patch_size, drop_rate)
-        query = dict(branch='query', patch_size=patch_size, drop_rate=drop_rate, grad=True,
-                     head=self.query_widths)
-        key = dict(branch='key', patch_size=key_patch, drop_rate=key_drop, grad=False,
-                   head=self.key_widths)
+        query, key = branches(self, patch_size, drop_rate)
+        query.update(grad=True, head=self.query_widths)
+        key.update(grad=False, head=self.key_widths)
         first = [dict(view=0, **query), dict(view=1, **key)]
         second = [dict(view=1, **query), dict(view=0, **key)]
         return first + second if self.symmetric else first
@@ -320,10 +326,9 @@ class SimCLR(nn.Module):
 
     def passes(self, patch_size=None, drop_rate=0.0):
         """The encoder's passes over one sample, for compress.sample_cost."""
-        key_patch, key_drop = key_compression(self, patch_size, drop_rate)
-        head = dict(grad=True, head=self.widths)
-        return [dict(view=0, branch='query', patch_size=patch_size, drop_rate=drop_rate, **head),
-                dict(view=1, branch='key', patch_size=key_patch, drop_rate=key_drop, **head)]
+        first, second = branches(self, patch_size, drop_rate)
+        trained = dict(grad=True, head=self.widths)
+        return [dict(first, view=0, **trained), dict(second, view=1, **trained)]
 
     def at(self, progress):
         """Nothing of SimCLR's loss changes over training."""
@@ -392,11 +397,9 @@ class DINO(nn.Module):
 
     def passes(self, patch_size=None, drop_rate=0.0):
         """The encoder's passes over one sample, for compress.sample_cost."""
-        key_patch, key_drop = key_compression(self, patch_size, drop_rate)
-        student = dict(branch='query', patch_size=patch_size, drop_rate=drop_rate, grad=True,
-                       head=self.widths)
-        teacher = dict(branch='key', patch_size=key_patch, drop_rate=key_drop, grad=False,
-                       head=self.widths)
+        student, teacher = branches(self, patch_size, drop_rate)
+        student.update(grad=True, head=self.widths)
+        teacher.update(grad=False, head=self.widths)
         passes = [dict(view=v, **student) for v in range(2 + self.local_crops)]
         return passes + [dict(view=v, **teacher) for v in range(2)]
 

@@ -36,7 +36,7 @@ import pictures
 from commandline import (Parser, count, count_or_zero, fail, fraction, not_negative, note, number,
                          pick_device, pick_precision, positive, rate, size)
 from compress import Compression, rendered_side, sample_cost, tokens_of
-from data import DATASETS, batch_keys, load, shrink_note
+from data import DATASETS, batch_keys, load, shrink_note, steps_per_epoch
 from eval import knn_accuracy
 from gradstats import adam_scale, flat_gradient, gradient_stats, unchanged
 from losses import mean_over_ranks
@@ -45,7 +45,7 @@ from runs import (Progress, State, StopSignal, agree, collapse_warning, exit_sta
                   reason, restore, snapshot, waiting_warning)
 from schedule import Schedule, cosine, polynomial, ramp, revise, warmup
 from views import keyed_generator, make_views, normalize, recipe
-from vit import Block, ViT
+from vit import SIZES, Block, ViT
 from weights import load_backbone, save
 
 # What the three methods do differently: their papers' constants, but for sizes, batch, learning
@@ -63,9 +63,7 @@ DINO_WEIGHT_DECAY_END = 0.4                          # DINO main_dino.py; the ot
 DINO_CLIP = 3.0                                      # the largest norm of a parameter's gradient
 ARCHS = dict(
     toy=dict(embed_dim=64, depth=4, num_heads=2),    # ours: minutes on a laptop
-    vit_tiny=dict(embed_dim=192, depth=12, num_heads=3),
-    vit_small=dict(embed_dim=384, depth=12, num_heads=6),  # MoCo-v3 has --num-heads 12
-    vit_base=dict(embed_dim=768, depth=12, num_heads=12),
+    **SIZES,                                         # MoCo-v3's ViT-S has --num-heads 12
 )
 UNUSED = dict(moco=['--local-crops', '--local-size'],
               simclr=['--local-crops', '--local-size', '--symmetric', '--momentum'],
@@ -383,15 +381,19 @@ def make_plan(args, in_chans, num_images):
     budget = args.budget * 1e6
     if args.epochs:
         budget = args.epochs * num_images * cost[base]
-    if num_images < args.batch_size:
-        raise ValueError(f'batch size {args.batch_size} is larger than the {num_images} images; '
-                         f'lower --batch-size')
+    steps_per_epoch(num_images, args.batch_size)     # refuses a batch larger than the data set
     first = schedule.at(0.0)
     if budget < cost[first] * args.batch_size:
         raise ValueError(f'a budget of {budget:,.0f} units does not pay for one batch of '
                          f'{args.batch_size} under {first}, {cost[first] * args.batch_size:,.0f} '
                          f'units; raise --budget or lower --batch-size')
     return Plan(method, views, schedule, grid, cost, base, budget, num_images)
+
+
+def key_strategy(plan, tau):
+    """What the key branch sees while the query is under strategy tau."""
+    patch_size, drop_rate = losses.key_compression(plan.method, tau.patch_size, tau.drop_rate)
+    return Compression(patch_size or plan.base.patch_size, drop_rate)
 
 
 def announce(args, plan):
@@ -407,8 +409,8 @@ def announce(args, plan):
            f'optimizer; activations come on top')
     yield 'strategy        query tokens  key tokens  view, px   units/sample'
     for tau in sorted(plan.cost, key=plan.cost.get, reverse=True):
-        key_patch, key_drop = losses.key_compression(method, tau.patch_size, tau.drop_rate)
-        key_tokens = tokens_of(args.img_size, key_patch or args.patch_size, key_drop)
+        key = key_strategy(plan, tau)
+        key_tokens = tokens_of(args.img_size, key.patch_size, key.drop_rate)
         warning = '  more than uncompressed!' if plan.cost[tau] > plan.cost[plan.base] else ''
         yield (f'  {str(tau):14} {1 + tokens_of(args.img_size, tau.patch_size, tau.drop_rate):11} '
                f'{1 + key_tokens:11} {rendered_side(args.img_size, tau.patch_size):9} '
@@ -656,11 +658,10 @@ def log(run, loss, metrics, tau, curves):
     """A line of log.jsonl, and warnings in plain words."""
     state = run.state
     args = run.args
-    key_patch, key_drop = losses.key_compression(run.method, tau.patch_size, tau.drop_rate)
-    key = Compression(key_patch or args.patch_size, key_drop)
     metrics = {name: float(value) for name, value in metrics.items()}
     run.write(dict(step=state.step, progress=run.progress, units=state.units,
-                   samples=state.samples, loss=loss, **curves, query=str(tau), key=str(key),
+                   samples=state.samples, loss=loss, **curves, query=str(tau),
+                   key=str(key_strategy(run.plan, tau)),
                    tokens=tokens_of(args.img_size, tau.patch_size, tau.drop_rate),
                    seconds=state.seconds, seconds_data=state.seconds_data, **metrics))
     if state.step >= 50:

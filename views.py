@@ -29,6 +29,11 @@ import torch
 import torch.nn.functional as F
 
 
+# Photos and foreign weights are normalized by these, unless somebody says otherwise.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
 def keyed_generator(*key, device='cpu'):
     """A random generator seeded by a hash of the key, for example (seed, rank, step).
 

@@ -201,17 +201,24 @@ class ViT(nn.Module):
         return self.forward_tokens(images, patch_size, drop_rate, generator)[:, 0]
 
 
+SIZES = dict(
+    vit_tiny=dict(embed_dim=192, depth=12, num_heads=3),
+    vit_small=dict(embed_dim=384, depth=12, num_heads=6),  # as DINO and timm; MoCo-v3 has 12 heads
+    vit_base=dict(embed_dim=768, depth=12, num_heads=12),
+)
+
+
 def vit_tiny(**sizes):
-    return ViT(**{**dict(embed_dim=192, depth=12, num_heads=3), **sizes})
+    return ViT(**{**SIZES['vit_tiny'], **sizes})
 
 
 def vit_small(**sizes):
     """6 heads as DINO and timm have it; MoCo-v3's ViT-S is vit_small(num_heads=12)."""
-    return ViT(**{**dict(embed_dim=384, depth=12, num_heads=6), **sizes})
+    return ViT(**{**SIZES['vit_small'], **sizes})
 
 
 def vit_base(**sizes):
-    return ViT(**{**dict(embed_dim=768, depth=12, num_heads=12), **sizes})
+    return ViT(**{**SIZES['vit_base'], **sizes})
 
 
 if __name__ == '__main__':

@@ -28,11 +28,8 @@ from pathlib import Path
 
 import torch
 
+from views import IMAGENET_MEAN, IMAGENET_STD
 from vit import ViT, sincos_table
-
-# Foreign weights for RGB images were trained with these, unless their authors say otherwise.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 LANDMARK = 'patch_embed.proj.weight'    # under timm's names, every ViT has exactly one
 

@@ -12,13 +12,11 @@ from pathlib import Path
 from tables import RESULTS, TITLES, crossing, load_results, random_score, select
 from reproduce import STUDIES
 from commandline import Parser, fail
-from pictures import PALETTE, new_figure, save_figure
+from pictures import looks, new_figure, save_figure
 from schedule import cosine, polynomial
 from weights import quoted
 
-# uncompressed, then the rows of the headline in their order
-LOOKS = [dict(color=PALETTE[0], marker='o'), dict(color=PALETTE[3], marker='D'),
-         dict(color=PALETTE[2], marker='s'), dict(color=PALETTE[1], marker='^')]
+LOOKS = looks([row.schedule for row in STUDIES['headline'].rows])
 
 
 def mean_curve(runs):
@@ -59,18 +57,18 @@ def draw_speed_up(axis, base, fast, color):
 
 def draw_panel(axis, records, dataset):
     """The curves of one data set, those of them that have runs."""
-    curves = []
-    for row, look in zip(STUDIES['headline'].rows, LOOKS):
+    curves = {}
+    for row in STUDIES['headline'].rows:
         curve = mean_curve(select(records, dataset, row))
-        curves.append(curve)
         if curve:
+            curves[row.schedule] = curve
             name = 'uncompressed' if row.schedule == 'none' else row.schedule
-            draw_curve(axis, curve, name, look)
-    base, *others = curves
-    if base and any(others):
+            draw_curve(axis, curve, name, LOOKS[row.schedule])
+    base = curves.pop('none', None)
+    if base and curves:
         # from the longest of the others, the best of these
-        fast = max(others, key=lambda curve: curve[-1][:2] if curve else (0, 0))
-        draw_speed_up(axis, base, fast, LOOKS[curves.index(fast)]['color'])
+        best = max(curves, key=lambda schedule: curves[schedule][-1][:2])
+        draw_speed_up(axis, base, curves[best], LOOKS[best]['color'])
     axis.set(title=TITLES[dataset], xlabel='budget, million units')
 
     random = random_score(records, dataset)

@@ -120,7 +120,7 @@ def train_on(run, strategy, share):
 
 
 def gradient_rows(run):
-    """{strategy: {metric: row}}, rows as train.measure makes them.
+    """{strategy: {metric: row}}, rows as train.measure_gradients makes them.
 
     Here both metrics share the gradients, which take most of the time.
     """

@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from pictures import read_lines  # noqa: E402
 from weights import quoted, save  # noqa: E402
 
 RESULTS = ROOT / 'experiments' / 'results' / 'runs.jsonl'
@@ -102,10 +103,7 @@ def load_results(path=RESULTS):
     if not path.is_file():
         raise FileNotFoundError(f'no results at {quoted(path)}; python experiments/reproduce.py '
                                 f'collect makes them from finished runs')
-    try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError:
-        raise ValueError(f'{quoted(path)} is not a file of JSON lines') from None
+    records = read_lines(path)
     if not records:
         raise ValueError(f'{quoted(path)} holds no runs')
     return records
@@ -274,6 +272,7 @@ def random_score(records, dataset):
 
 FILES = {
     'runs.jsonl': 'every run, a line each: command, versions, machine, scores over the budget',
+    'first-commands.log': 'what the two commands at the top of the README printed',
     'headline.png': '`python experiments/figures.py headline`',
     'decay.png': '`python experiments/figures.py decay`',
     'bench.md': '`python experiments/bench.py`: speed of the views, of a step, of the encoder',
