@@ -122,9 +122,9 @@ def load_checkpoint(folder):
     checkpoint = read(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('args'), dict):
         raise ValueError(f'{path} is no checkpoint of train.py')
-    if 'state' not in checkpoint:
-        raise ValueError(f'{path} is of an earlier version, whose unit was a whole training sample '
-                         f'and not a forward pass; finish it with that version')
+    if 'state' not in checkpoint or 'embed_dim' in checkpoint['args']:
+        raise ValueError(f'{path} is of an earlier version, which had other units and flags; '
+                         f'finish it with that version')
     return checkpoint
 
 

@@ -63,7 +63,7 @@ DINO_WEIGHT_DECAY_END = 0.4                          # DINO main_dino.py; the ot
 DINO_CLIP = 3.0                                      # the largest norm of a parameter's gradient
 ARCHS = dict(
     toy=dict(embed_dim=64, depth=4, num_heads=2),    # ours: minutes on a laptop
-    **SIZES,                                         # MoCo-v3's ViT-S has --num-heads 12
+    **SIZES,
 )
 UNUSED = dict(moco=['--local-crops', '--local-size'],
               simclr=['--local-crops', '--local-size', '--symmetric', '--momentum'],
@@ -115,6 +115,17 @@ def interval(text):
     return every
 
 
+def encoder_size(text):
+    """'vit_base', or width, depth and heads: '768,12,12' -> sizes of the encoder"""
+    if text in ARCHS:
+        return ARCHS[text]
+    parts = text.split(',')
+    if len(parts) != 3:
+        raise ArgumentTypeError(f'{text!r} is none of {", ".join(ARCHS)}, '
+                                f'and not WIDTH,DEPTH,HEADS')
+    return dict(zip(('embed_dim', 'depth', 'num_heads'), map(size, parts)))
+
+
 def folder_name(text):
     if not re.fullmatch(r'[\w][\w.,@+-]*', text):
         raise ArgumentTypeError(f'{text!r} is no name for a folder; use letters, digits and . - _')
@@ -142,11 +153,9 @@ def build_parser():
                        help='do not hold a folder of small images in memory')
 
     group = parser.add_argument_group('encoder')
-    group.add_argument('--arch', default='toy', choices=ARCHS,
-                       help='sets the next three (paper: vit_base)')
-    group.add_argument('--embed-dim', type=size, help='width')
-    group.add_argument('--depth', type=size, help='blocks')
-    group.add_argument('--num-heads', type=size, help='attention heads')
+    group.add_argument('--arch', type=encoder_size, default='toy',
+                       help=f'{", ".join(ARCHS)} (paper), or WIDTH,DEPTH,HEADS (MoCo-v3 has '
+                            f'384,12,12 for ViT-S)')
     group.add_argument('--patch-size', type=size, default=4,
                        help='patch side in pixels, uncompressed (paper: 16)')
     group.add_argument('--freeze-patch-embed', action='store_true',
@@ -176,11 +185,8 @@ def build_parser():
                        help='who drops tokens: query, student or first view alone, or both')
     group.add_argument('--patch-branch', default='both', choices=('query', 'both'),
                        help='who sees larger patches; query: the key stays uncompressed')
-    length = group.add_mutually_exclusive_group()
-    length.add_argument('--budget', type=positive, default=0.16,
-                        help='millions of units (paper: 25 to 200, ImageNet-1k 300 to 6150)')
-    length.add_argument('--epochs', type=positive,
-                        help='the budget as uncompressed epochs that cost the same')
+    group.add_argument('--budget', type=positive, default=0.16,
+                       help='millions of units (paper: 25 to 200, ImageNet-1k 300 to 6150)')
 
     group = parser.add_argument_group('gradient errors')
     group.add_argument('--gradstats', type=progress_points, default=[], metavar='P,P,...',
@@ -191,7 +197,7 @@ def build_parser():
                             'drop rates 0 and 0.5)')
     group.add_argument('--probe-batches', type=groups_of_four, default=24,
                        help='batches for each strategy and point, a multiple of 4')
-    group.add_argument('--metric', nargs='+', default=['adam'], choices=('euclidean', 'adam'),
+    group.add_argument('--metric', default='adam', choices=('euclidean', 'adam'),
                        help='of the error; adam divides by the root of its second moment')
 
     group = parser.add_argument_group('optimization')
@@ -232,10 +238,10 @@ def build_parser():
 def parse_args(argv):
     """(flags, checkpoint to go on from or None).
 
-    The defaults follow --method and --arch. Those of a resumed run are the flags that it had.
+    The defaults follow --method. Those of a resumed run are the flags that it had.
     """
     early = Parser(None, add_help=False)
-    for flag in ('--method', '--arch', '--resume', '--name'):
+    for flag in ('--method', '--resume', '--name'):
         early.add_argument(flag)
     known = early.parse_known_args(argv)[0]
     checkpoint = None
@@ -248,19 +254,18 @@ def parse_args(argv):
             known.resume = None
     if known.resume is not None:
         checkpoint = load_checkpoint(Path(known.resume))
-        saved = {**checkpoint['args'], **ARCHS.get(known.arch, {})}
+        saved = checkpoint['args']
         if saved.get('init'):                        # the file may be gone; the backbone is not
             saved['init'] = str(Path(known.resume) / 'backbone.pt')
 
     parser = build_parser()
     parser.set_defaults(**METHODS.get(known.method or saved.get('method'), METHODS['moco']))
-    parser.set_defaults(**ARCHS.get(known.arch or saved.get('arch'), ARCHS['toy']))
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
+    if args.metric == 'adam' and 0 in args.gradstats:
+        raise ValueError('Adam has no second moment at progress 0; start --gradstats later, or '
+                         'take --metric euclidean')
     given = {word.partition('=')[0] for word in argv}
-    if '--budget' in given:
-        args.epochs = None                           # those of the run that is resumed
-    check_together(args, given)
     unused = [flag for flag in UNUSED[args.method] if flag in given]
     if unused:
         note(f'{args.method} does not use {", ".join(unused)}')
@@ -268,26 +273,16 @@ def parse_args(argv):
     return args, checkpoint
 
 
-def check_together(args, given):
-    """Flags that are given (a set of names) must not contradict each other."""
-    if '--arch' in given and given & {'--embed-dim', '--depth'}:
-        raise ValueError('--arch sets --embed-dim and --depth; give the name or the sizes')
-    if 'adam' in args.metric and 0 in args.gradstats:
-        raise ValueError('Adam has no second moment at progress 0; start --gradstats later, or '
-                         'take --metric euclidean')
-
-
 # ---------------------------------------------------------------- set-up
 
 def build_encoder(args, in_chans):
     """The encoder of the flags, or the one in --init, which must have the sizes of the flags."""
     config = dict(img_size=args.img_size, patch_size=args.patch_size, in_chans=in_chans,
-                  embed_dim=args.embed_dim, depth=args.depth, num_heads=args.num_heads,
-                  freeze_patch_embed=args.freeze_patch_embed)
+                  freeze_patch_embed=args.freeze_patch_embed, **args.arch)
     if not args.init:
         return ViT(**config)
     with torch.device('cpu'):                        # in a dry run too, where 'meta' is the default
-        encoder, _ = load_backbone(args.init, args.num_heads)
+        encoder, _ = load_backbone(args.init, args.arch['num_heads'])
     for flag in ('img_size', 'patch_size', 'in_chans', 'embed_dim', 'depth'):
         found = encoder.config[flag]
         if found != config[flag]:
@@ -379,8 +374,6 @@ def make_plan(args, in_chans, num_images):
     sides = [view.side for view in views]
     cost = strategy_costs(method, used, sides, method.encoder.config)
     budget = args.budget * 1e6
-    if args.epochs:
-        budget = args.epochs * num_images * cost[base]
     steps_per_epoch(num_images, args.batch_size)     # refuses a batch larger than the data set
     first = schedule.at(0.0)
     if budget < cost[first] * args.batch_size:
@@ -781,8 +774,7 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
         if run.due(score_at) and run.rank == 0:
             score(run)
         for point in run.due(args.gradstats):
-            for metric in dict.fromkeys(args.metric):
-                measure_gradients(run, point, args.probe_batches, metric)
+            measure_gradients(run, point, args.probe_batches, args.metric)
         minutes = (time.perf_counter() - saved_at) / 60
         ends = progress == 1 or stopping or state.step >= (args.max_steps or math.inf)
         saves = run.due(save_at) or minutes > args.save_minutes

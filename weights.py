@@ -291,7 +291,7 @@ def load_backbone(path, num_heads=None, prefix=None):
         ours = isinstance(config, dict)
         if ours and num_heads not in (None, config.get('num_heads')):
             raise ValueError(f'it says that it has {config.get("num_heads")} heads, not '
-                             f'{num_heads}; set --num-heads to them')
+                             f'{num_heads}')
         encoder = ViT(**(config if ours else config_of(tensors, prefix, num_heads)))
         check_tensors(encoder, tensors)
     except TypeError as error:

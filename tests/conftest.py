@@ -19,8 +19,8 @@ torch.set_num_threads(1)                              # on tensors this small, t
 # the flags of a run that takes seconds: 16 tokens an image, one block, 20 steps an epoch
 SMALL = [
     '--dataset', 'fashion_mnist', '--img-size', '16', '--local-crops', '2', '--local-size', '8',
-    '--embed-dim', '32', '--depth', '1', '--num-heads', '1', '--hidden', '32', '--out-dim', '32',
-    '--batch-size', '16', '--log-every', '1', '--eval-every', '1', '--device', 'cpu',
+    '--arch', '32,1,1', '--hidden', '32', '--out-dim', '32', '--batch-size', '16',
+    '--log-every', '1', '--eval-every', '1', '--device', 'cpu',
 ]
 
 

@@ -426,7 +426,7 @@ def test_scores_that_cannot_be_written_are_printed(backbone, run):
     (('--patch-size', 4, 29), '--patch-size 29 is larger than the images of 28 px'),
     (('--k', 999), 'k = 999 is more than the 320 images of the bank'),
     (('--limit', 10), 'k = 20 is more than the 10 images of the bank'),
-    (('--num-heads', 4), 'it has 2 heads, not 4; set --num-heads to them'),
+    (('--num-heads', 4), 'it has 2 heads, not 4'),
     (('--mean', 0.5, 0.5), 'must be 1 numbers each'),
     (('--std', 1e-40), 'features of 320 of 320 images are not finite'),
     (('--export', 'a', '--patch-size', 4, 7), '--export writes the features of one --patch-size'),

@@ -157,7 +157,7 @@ def test_run_goes_on_where_it_was_stopped(results, tmp_path, tiny_fashion, monke
                  HELD_OUT=1, BANK=100, QUERIES=60)
     for name, value in small.items():
         monkeypatch.setattr(predict, name, value)
-    flags = '--batch-size 16 --embed-dim 16 --depth 1 --num-heads 1 --hidden 16'
+    flags = '--batch-size 16 --arch 16,1,1 --hidden 16'
     monkeypatch.setitem(predict.VARIANTS, 'default', flags.split())
     monkeypatch.chdir(tmp_path)
     command = ['run', '--datasets', 'fashion_mnist', '--data-root', str(tiny_fashion),

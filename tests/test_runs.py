@@ -131,7 +131,9 @@ def test_checkpoints_of_other_runs_and_versions(run, capsys, tmp_path):
     assert 'the run had images other, now it is' in refused(images='other')
     assert 'does not fit the flags of this run' in refused(method={})
     assert 'Missing key' in refused(method={})
-    assert 'the run had embed_dim 32, now it is 64' in refused(args={**flags, 'embed_dim': 64})
+    wider = {**flags, 'arch': dict(flags['arch'], embed_dim=64)}
+    assert 'the run had embed_dim 32, now it is 64' in refused(args=wider)
+    assert 'is of an earlier version' in refused(args={**flags, 'embed_dim': 64})
     assert 'is no checkpoint of train.py' in refused(args=3)
     torch.save(dict(args=flags, step=3, units=100), folder / 'checkpoint.pt')
     message = fails(capsys, lambda: run('--resume', folder, small=False))
@@ -266,9 +268,10 @@ def test_flags_that_the_method_does_not_use_are_named(run, capsys):
     ('--batch-size 1e3', "'1e3' is not a whole number"),
     ('--budget 0', '0 must be above 0'),
     ('--budget 0.00001', 'a budget of 10 units does not pay for one batch of 16 under p8'),
-    ('--budget 1 --epochs 1', '--epochs: not allowed with argument --budget'),
-    ('--arch toy --embed-dim 64', '--arch sets --embed-dim and --depth'),
-    ('--num-heads 5', '5 heads do not divide width 32'),
+    ('--arch resnet50', "'resnet50' is none of toy, vit_tiny, vit_small, vit_base"),
+    ('--arch 64,4', "'64,4' is none of toy"),
+    ('--arch 64,4,x', "'x' is not a whole number"),
+    ('--arch 32,1,5', '5 heads do not divide width 32'),
     ('--patch-size 6', 'patch size 6 does not divide image size 16x16'),
     ('--schedule p32', 'patch size 32 is larger than the image'),
     ('--schedule p4-drop1.5', 'drop rate 1.5 is outside'),
@@ -284,8 +287,7 @@ def test_flags_that_the_method_does_not_use_are_named(run, capsys):
     ('--compress p8', 'unrecognized arguments: --compress'),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(run, capsys, tmp_path, flags, message):
-    small = '--arch' not in flags                     # which contradicts the small run's sizes
-    line = fails(capsys, lambda: run(*flags.split(), small=small))
+    line = fails(capsys, lambda: run(*flags.split()))
     assert message in line and ': error: ' in line
     assert not (tmp_path / 'runs').exists()
 

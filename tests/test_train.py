@@ -124,7 +124,6 @@ def test_timm_loads_the_backbone(run):
     (['--method', 'moco'], '(default: 0.99)'),
     (['--method', 'simclr'], '(default: 0.1)'),
     (['--method', 'dino'], '(default: 0.98)'),
-    (['--arch', 'vit_base'], '(default: 768)'),
 ])
 def test_help_shows_the_defaults_and_fits_80_columns(flags, message, capsys, monkeypatch):
     monkeypatch.setattr('sys.argv', ['train.py'])
@@ -149,12 +148,6 @@ def test_curves_follow_progress(run):
         momentum = 1 - 0.1 * 0.5 * (1 + math.cos(math.pi * progress))
         assert line['momentum'] == pytest.approx(momentum)
         progress = line['progress']
-
-
-def test_epochs_set_the_budget(run, capsys):
-    """Half an epoch of 320 images costs 160 x 4.043 = 647 units, uncompressed or not."""
-    run('--epochs', 0.5, '--schedule', 'p8', '--max-steps', 1)
-    assert 'budget    647 units: 0.50 uncompressed epochs' in capsys.readouterr().out
 
 
 def test_clip_each_clips_each_tensor_alone():
@@ -434,14 +427,14 @@ def test_the_commands_of_the_paper_run_dry(capsys, tmp_path, monkeypatch):
 
 
 def test_dry_run_of_the_paper(capsys):
-    """ViT-B, 300 epochs of 1,281,167 images at 4 units: 1,537 M, heads aside. 14^2 + 1 = 197."""
-    flags = '--arch vit_base --img-size 224 --patch-size 16 --epochs 300 --num-images 1281167'
+    """1,537 M units are 300 epochs of 1,281,167 images at 4 units, heads aside. 14^2 + 1 = 197."""
+    flags = '--arch vit_base --img-size 224 --patch-size 16 --budget 1537 --num-images 1281167'
     schedule = 'p30@0,p16@0.5'
     train.main([*flags.split(), '--schedule', schedule, '--hidden', '4096', '--dry-run'])
     text = capsys.readouterr().out
     assert 'images at 224 px' in text
-    budget = int(re.search(r'budget +([\d,]+) units', text)[1].replace(',', ''))
-    assert budget == pytest.approx(1537.4e6, rel=0.02)
+    epochs = float(re.search(r'([\d.]+) uncompressed epochs', text)[1])
+    assert epochs == pytest.approx(300, rel=0.02)
     columns = [line.split() for line in text.splitlines() if line.startswith('  p')]
     assert columns[0][:4] == ['p16', '197', '197', '224']
     assert columns[1][:4] == ['p30', '50', '50', '210']
