@@ -15,6 +15,7 @@ ignored, and an animation is its first frame. Grey files become RGB, 16 bits a c
 import os
 import re
 import tempfile
+import warnings
 from collections import Counter
 
 import torch
@@ -28,6 +29,9 @@ from views import crop_boxes, keyed_generator, uniform
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'DIB', 'TIFF', 'PPM', 'GIF', 'AVIF', 'JPEG2000')
 REGISTERED = Image.registered_extensions().items()
 EXTENSIONS = tuple(sorted(name for name, kind in REGISTERED if kind in FORMATS))
+
+# Pillow warns of large images; read_image has a limit of its own.
+warnings.simplefilter('ignore', Image.DecompressionBombWarning)
 
 # Folders that systems make for themselves, beside those whose name starts with a dot.
 SIDE_FOLDERS = ('@eaDir', '#recycle', '$RECYCLE.BIN', '__MACOSX', 'lost+found')

@@ -265,6 +265,10 @@ def parse_args(argv):
     if args.metric == 'adam' and 0 in args.gradstats:
         raise ValueError('Adam has no second moment at progress 0; start --gradstats later, or '
                          'take --metric euclidean')
+    if args.num_images and not args.dry_run:
+        raise ValueError('--num-images stands for the data set of a --dry-run; leave it out')
+    if known.name and known.resume is not None and Path(known.resume).name != known.name:
+        raise ValueError(f'--resume {known.resume} goes on in its own folder; leave out --name')
     given = {word.partition('=')[0] for word in argv}
     unused = [flag for flag in UNUSED[args.method] if flag in given]
     if unused:
@@ -707,7 +711,8 @@ def set_up(args, checkpoint):
     optimizer = build_optimizer(method, args, device)
     half = pick_precision(args.precision, device) == torch.bfloat16
     parameters = [p for p in method.parameters() if p.requires_grad]
-    identity = dict(world=world, images=data.fingerprint, **plan.method.encoder.config)
+    images = f'{len(data):,} ({data.fingerprint})'
+    identity = dict(world=world, images=images, **method.encoder.config)
     run = Run(args, plan, data, method, model, optimizer, parameters, device, half, rank, world,
               State(str(plan.schedule)), identity, folder, log_file)
     if checkpoint:
@@ -758,6 +763,9 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
     while True:
         progress = run.progress                        # the clock of every schedule
         run.method.at(progress)                        # DINO: teacher temperature, last layer
+        if stopping and progress < 1:                  # what is due here is left to --resume
+            save_run(run)
+            break
 
         # auto: once, half way, look how wrong each strategy is here, and go on with the best
         if run.due(auto_at):
@@ -776,7 +784,7 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
         for point in run.due(args.gradstats):
             measure_gradients(run, point, args.probe_batches, args.metric)
         minutes = (time.perf_counter() - saved_at) / 60
-        ends = progress == 1 or stopping or state.step >= (args.max_steps or math.inf)
+        ends = progress == 1 or state.step >= (args.max_steps or math.inf)
         saves = run.due(save_at) or minutes > args.save_minutes
         state.seen = progress
         if saves or ends:

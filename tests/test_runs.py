@@ -32,21 +32,27 @@ def wait_for_lines(path, count):
 # ---------------------------------------------------------------- signals
 
 def test_a_signal_ends_the_step_and_the_run_goes_on_bit_exactly(run, tmp_path):
-    """Three signals stop one run. 128 + the number, as a shell has it; 0 for SLURM's warning."""
+    """Three signals stop one run. 128 + the number, as a shell has it; 0 for SLURM's warning.
+
+    A score is due at three of four steps. One that is due at the stop is left for later.
+    """
+    often = [*LONG, '--eval-every', '0.01']
     folder = tmp_path / 'runs' / 'parts'
-    step = 0
+    lines = step = 0
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)):
-        flags = (*LONG, '--name', 'parts', '--resume', 'auto')
+        flags = (*often, '--name', 'parts', '--resume', 'auto')
         process = get_context('fork').Process(target=run, args=flags)    # starts at once
         process.start()
-        wait_for_lines(folder / 'log.jsonl', step + 3)
+        wait_for_lines(folder / 'log.jsonl', lines + 3)
         os.kill(process.pid, number)
         process.join(30)
         assert process.exitcode == status
         assert read(folder / 'checkpoint.pt')['state']['step'] == len(steps_of(folder)) > step
+        assert 'loss' in log_of(folder)[-1]
         step = len(steps_of(folder))
+        lines = len(log_of(folder))
     run('--resume', folder, small=False)
-    run(*LONG, '--name', 'whole')
+    run(*often, '--name', 'whole')
     assert step < len(steps_of(folder))
     assert_same_run(tmp_path / 'runs' / 'whole', folder)
 
@@ -249,6 +255,7 @@ def test_flags_that_the_method_does_not_use_are_named(run, capsys):
     ('--data-root nowhere', 'nowhere'),
     ('--dataset folder --data-root nowhere', "no folder 'nowhere'"),
     ('--resume nowhere', 'no checkpoint at nowhere'),
+    ('--num-images 9', '--num-images stands for the data set of a --dry-run'),
     ('--init nowhere.pt', "there is no file 'nowhere.pt'"),
     ('--name ../x', "'../x' is no name for a folder"),
     ('--name /tmp/x', "'/tmp/x' is no name for a folder"),
