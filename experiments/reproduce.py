@@ -10,6 +10,9 @@ objectives  MoCo-v3, SimCLR and DINO, uncompressed and compressed
 schedules   when to relax the compression: never, in stages, by the drop rate alone, by auto
 decay       cosine and polynomial decay of the learning rate
 gpu         MoCo-v3 with ViT-Ti, uncompressed and compressed
+paper       ViT-B on ImageNet-1k in ROOT/imagenet, at the paper's budgets, under schedules of ours:
+            never run here. In the commands that `run paper --dry-run` prints, put torchrun
+            --nproc_per_node 8 in the place of python
 
 A finished run is skipped and an interrupted one goes on, so a study can be stopped at any time. The
 runs lie in runs/, and a run that two studies need is made once. shapes needs no files. With
@@ -61,6 +64,13 @@ class Study:
 
 POLYNOMIAL = ('polynomial', ('--lr-schedule', 'polynomial'))
 VIT_TINY = ('vit_tiny', ('--arch', 'vit_tiny', '--batch-size', '512', '--lr', '5e-4', '--compile'))
+PAPER = ('--arch', 'vit_base', '--img-size', '224', '--patch-size', '16', '--workers', '12')
+MOCO_V3 = ('--lr', '1.5e-4', '--batch-size', '4096', '--hidden', '4096', '--warmup', '0.13',
+           '--freeze-patch-embed')
+SLIP = ('--lr', '2e-4', '--batch-size', '4096', '--hidden', '4096')
+DINO_V1 = ('--lr', '5e-4', '--batch-size', '1024', '--hidden', '2048', '--out-dim', '65536',
+           '--local-crops', '8', '--local-size', '96', '--momentum', '0.996')
+RELAXED = 'p30-drop0.50@0,p30@0.5,p16@0.9'
 DYNAMIC = 'p8-drop0.50@0,p8@0.5'       # strong compression first, relaxed half way
 STAGES = (
     DYNAMIC,
@@ -85,6 +95,11 @@ STUDIES = dict(
     gpu=Study(
         [Row('moco', schedule, *VIT_TINY) for schedule in ('none', 'p8-drop0.50')],
         ('cifar10',), (1.0, 4.0, 16.0)),
+    paper=Study(
+        [Row(method, schedule, '', PAPER + recipe)
+         for method, recipe in (('moco', MOCO_V3), ('simclr', SLIP), ('dino', DINO_V1))
+         for schedule in ('none', RELAXED, 'p48@0,p40@0.2,p30@0.4,p24@0.6,p20@0.8,p16@0.9')],
+        ('imagenet',), (309, 620, 1027, 1537)),
 )
 
 
@@ -118,6 +133,7 @@ def dataset_flags(name, root):
         shapes=[],
         fashion_mnist=['--dataset', 'fashion_mnist', '--data-root', root],
         cifar10=['--dataset', 'folder', '--data-root', f'{root}/cifar10'],
+        imagenet=['--dataset', 'folder', '--data-root', f'{root}/imagenet'],
     )
     return flags[name]
 
@@ -300,7 +316,8 @@ def parse_args(argv):
     command = commands.add_parser('run', description='Train the runs of a study.',
                                   help='train the runs of a study')
     command.add_argument('study', choices=STUDIES)
-    command.add_argument('--datasets', nargs='+', choices=DATASETS, help="(default: the study's)")
+    command.add_argument('--datasets', nargs='+', choices=(*DATASETS, 'imagenet'),
+                         help="(default: the study's)")
     command.add_argument('--budgets', nargs='+', type=positive,
                          help="millions of units (default: the study's)")
     command.add_argument('--seeds', nargs='+', type=count_or_zero,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'experiments')]
 torch.set_num_threads(1)                              # on tensors this small, threads only cost
 
 # the flags of a run that takes seconds: 16 tokens an image, one block, 20 steps an epoch

@@ -8,9 +8,10 @@ import shlex
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL, log_of, steps_of, torchrun
+from conftest import SMALL, log_of, steps_of, torchrun
 
 import pictures
+import reproduce
 import train
 from compress import Compression
 from data import batch_keys, load
@@ -410,19 +411,17 @@ def test_a_schedule_given_anew_takes_over(run):
 
 # ---------------------------------------------------------------- what would it cost?
 
-def paper_commands():
-    """The README's commands of the paper's scale: those with a named architecture."""
-    text = (ROOT / 'README.md').read_text().replace('\\\n', ' ')
-    commands = re.findall(r'^(?:python|torchrun [^\n]*?) ?train\.py (.*--arch vit.*)$', text, re.M)
-    return [shlex.split(command, comments=True) for command in commands if '...' not in command]
-
-
-@pytest.mark.skipif(not paper_commands(), reason='the README has no command of that scale')
 def test_the_commands_of_the_paper_run_dry(capsys, tmp_path, monkeypatch):
+    """Three methods under three schedules. An uncompressed sample of MoCo-v3 costs 4 units."""
     monkeypatch.chdir(tmp_path)
-    for flags in paper_commands():
-        train.main([*flags, '--dry-run', '--num-images', '1281167'])
-        assert 'units/sample' in capsys.readouterr().out
+    reproduce.main(['run', 'paper', '--budgets', '1537', '--seeds', '0', '--dry-run'])
+    commands = capsys.readouterr().out.splitlines()
+    assert len(commands) == 9
+    for command in commands:
+        train.main([*shlex.split(command)[2:], '--dry-run', '--num-images', '1281167'])
+        text = capsys.readouterr().out
+        cost = float(re.search(r'p16 .* ([\d.]+)$', text, re.M)[1])
+        assert cost == pytest.approx(dict(moco=4, simclr=6, dino=12.4)[text.split()[2]], rel=0.005)
     assert list(tmp_path.iterdir()) == []
 
 
