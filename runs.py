@@ -147,10 +147,7 @@ def forget_after(path, step):
 
 def new_folder(args):
     if args.name:
-        folder = Path('runs') / args.name
-        if (folder / 'checkpoint.pt').exists():
-            raise FileExistsError(f'{folder} exists; choose another --name, or --resume {folder}')
-        return folder                                # a run that never saved starts again in it
+        return Path('runs') / args.name              # a run that never saved starts again in it
     number = 0
     while True:
         folder = Path('runs') / f'{args.method}-{args.dataset}-{number}'

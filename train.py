@@ -269,6 +269,10 @@ def parse_args(argv):
         raise ValueError('--num-images stands for the data set of a --dry-run; leave it out')
     if known.name and known.resume is not None and Path(known.resume).name != known.name:
         raise ValueError(f'--resume {known.resume} goes on in its own folder; leave out --name')
+    if args.name and checkpoint is None and not args.dry_run:
+        folder = Path('runs') / args.name
+        if (folder / 'checkpoint.pt').exists():
+            raise FileExistsError(f'{folder} exists; choose another --name, or --resume {folder}')
     given = {word.partition('=')[0] for word in argv}
     unused = [flag for flag in UNUSED[args.method] if flag in given]
     if unused:
@@ -685,8 +689,6 @@ def set_up(args, checkpoint):
         raise ValueError(f'batch size {args.batch_size} cannot be shared by {world} process(es) as '
                          f'at least 2 images each; use a multiple of {world} from {2 * world} on')
     folder = log_file = None
-    if rank == 0 and not checkpoint:
-        new_folder(args)                             # says at once if the --name is taken
     if world > 1:
         join_processes(device)
 

@@ -95,6 +95,9 @@ def test_resume_auto_starts_or_goes_on(run, capsys, tmp_path):
     run(*flags, '--max-steps', 5)
     assert [line['step'] for line in log_of(runs / 'a')] == [1, 2, 3, 4, 5]
     assert 'give a --name' in fails(capsys, lambda: run('--resume', 'auto'))
+    assert 'runs/a exists; choose another' in fails(capsys, lambda: run(*LONG, '--name', 'a'))
+    other = ('--resume', runs / 'a', '--name', 'b')
+    assert 'runs/a goes on in its own folder' in fails(capsys, lambda: run(*other, small=False))
 
 
 def test_a_crash_repeats_no_line(run):
