@@ -17,8 +17,8 @@ whose average has a smaller variance and the same bias:
 
 What the error bars cannot tell from the best counts as equal to it, and the cheaper one wins.
 
-Here c(tau) is the sample cost relative to the uncompressed one. RULES holds two rules of our own
-beside it.
+Here c(tau) is the sample cost relative to the uncompressed one. RULES holds a second rule, ours:
+best-length foretells better what trains best (experiments/predict.py).
 
     python schedule.py runs/NAME/gradstats.jsonl       # the table, the path, what it predicts
 
@@ -128,21 +128,8 @@ def best_length(row):
     return value, error
 
 
-def cost_of_gain(row):
-    """Compute for the same first-order decrease of the wanted loss, relative to no compression.
-
-    c(tau) slope(tau0) / slope(tau): spends what is saved on more steps, and not on larger batches.
-    """
-    if row['slope0'] <= 0:
-        return 1.0, math.inf                          # lost in noise: nothing can be told
-    if row['slope'] <= 0:
-        return 1e9, 0.0                               # does not descend at all
-    value = row['cost'] * row['slope0'] / row['slope']
-    return value, value * row['slope_sem'] / row['slope']
-
-
 # What is to be least: (value, standard error) of a row of gradstats.jsonl.
-RULES = {'ca-mse': ca_mse, 'best-length': best_length, 'gain': cost_of_gain}
+RULES = {'ca-mse': ca_mse, 'best-length': best_length}
 
 
 def check_table(rows):
@@ -238,7 +225,7 @@ def solve(table, monotone=True, rule='ca-mse'):
     return Schedule(tuple(stages))
 
 
-def revise(schedule, rows, progress, rule='ca-mse'):
+def revise(schedule, rows, progress, rule='best-length'):
     """--schedule auto: the schedule so far, and from `progress` on the best strategy.
 
     rows: gradient errors measured at this progress. The strategy in use stays unless it is two

@@ -65,7 +65,7 @@ QUERIES = 2_400
 VARIANTS = {
     'default': ['--lr', '4e-3'],    # the rate of the states in predict.jsonl
     'half-lr': ['--lr', '2e-3'],
-    'batch-64': ['--batch-size', '64'],
+    'batch-64': ['--lr', '4e-3', '--batch-size', '64'],
 }
 FLOORS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TRUTHS = {
@@ -307,15 +307,26 @@ def spearman(a, b):
 # (t), the least for its first choice, or None if it has nothing to go by.
 
 def rule(name, metric, state, states, truth):
-    # norm2 and slope0 scale all strategies alike. Early on noise can make them negative, and a
-    # negative scale would turn the order around.
-    rows = [dict(row, norm2=1, slope0=1) for row in state.column(metric)]
+    # norm2 scales all strategies alike. Early on noise can make it negative, and a negative scale
+    # would turn the order around.
+    rows = [dict(row, norm2=1) for row in state.column(metric)]
     return [RULES[name](row)[0] for row in rows]
+
+
+def cost_of_gain(state, states, truth):
+    """Compute for the same first-order decrease of the wanted loss, up to a common factor.
+
+    c(tau) / slope(tau): what is saved is spent on more steps, and not on larger batches.
+    """
+    costs = state.column('adam', 'cost')
+    slopes = state.column('adam', 'slope')
+    # a slope that is lost in noise or rises comes last
+    return [cost / slope if slope > 0 else 1e9 for cost, slope in zip(costs, slopes)]
 
 
 def gain_above(floor, state, states, truth):
     """The gain, but a gradient that points too far off comes after all others."""
-    values = rule('gain', 'adam', state, states, truth)
+    values = cost_of_gain(state, states, truth)
     cosines = state.column('adam', 'cosine')
     last = 1e12                             # above any value of a gain
     return [value + last * (cosine < floor) for value, cosine in zip(values, cosines)]
@@ -374,7 +385,7 @@ PREDICTORS = {
     'CA-MSE, Adam': partial(rule, 'ca-mse', 'adam'),
     'best length, Euclidean': partial(rule, 'best-length', 'euclidean'),
     'best length, Adam': partial(rule, 'best-length', 'adam'),
-    'gain': partial(rule, 'gain', 'adam'),
+    'gain': cost_of_gain,
     'gain, floor on the cosine': gain_with_floor,
     'rollout, student': partial(rollout, 'student'),
     'rollout, EMA teacher': partial(rollout, 'teacher'),

@@ -16,20 +16,14 @@ from schedule import (RULES, Schedule, best_path, cosine, cost_adjusted_mse,
 P4, P8, DROPPED = Compression(4), Compression(8), Compression(8, 0.5)
 
 
-# ---- curves
-
-def test_curves_at_quarters():
+def test_curves():
     quarters = (0, 0.25, 0.5, 0.75, 1)
     waves = [cosine(p) for p in quarters]
     momentum = [ramp(0.99, 1, p) for p in quarters]                       # MoCo-v3
     decay = [ramp(0.04, 0.4, p) for p in quarters]                        # DINO
-    assert [polynomial(p) for p in quarters] == [1, 0.9375, 0.75, 0.4375, 0]
     assert waves == pytest.approx([1, 0.8535534, 0.5, 0.1464466, 0])
     assert momentum == pytest.approx([0.99, 0.99146447, 0.995, 0.99853553, 1], abs=1e-8)
     assert decay == pytest.approx([0.04, 0.092721, 0.22, 0.347279, 0.4], abs=1e-6)
-
-
-def test_warmup():
     assert [warmup(p, 0.2) for p in (0, 0.1, 0.2, 0.9)] == [0, 0.5, 1, 1]
     assert warmup(0, 0) == 1
 
@@ -42,6 +36,7 @@ def test_polynomial_equals_timm(alpha):
         scheduler.step(t)
         theirs = optimizer.param_groups[0]['lr']
         assert polynomial(t / 100, alpha) == pytest.approx(theirs, abs=1e-9)
+    assert polynomial(0.5) == 0.75
 
 
 # ---- a schedule and its text
@@ -52,37 +47,32 @@ def test_a_stage_begins_at_its_progress():
     assert schedule.at(0.25) == schedule.at(0.6999) == P8
     assert schedule.at(0.7) == schedule.at(1) == P4
     assert Schedule.parse('p8').at(0.5) == P8
+    assert str(schedule) == 'p8-drop0.50@0,p8@0.25,p4@0.7'
 
 
-@pytest.mark.parametrize('start', (0.7, 1 / 3, 0.1 + 0.2, 1e-7, 0.9999999))
+@pytest.mark.parametrize('start', (1 / 3, 0.1 + 0.2, 1e-7, 0.9999999))
 def test_the_text_of_a_schedule_is_read_back(start):
     """To the last digit: auto's stages begin anywhere, and a resumed run reads the text."""
     schedule = Schedule(((0.0, DROPPED), (start, P4)))
     assert Schedule.parse(str(schedule)) == schedule
 
 
-def test_the_text_of_a_schedule_is_short():
-    assert str(Schedule(((0.0, DROPPED), (0.7, P4)))) == 'p8-drop0.50@0,p4@0.7'
-
-
-BAD_SCHEDULES = [
-    ('', "'' is not a compression"),
-    ('fast', "'fast' is not a compression"),
-    ('p8-drop1.5', 'drop rate 1.5 is outside'),
-    ('p8@x', "stage 'p8@x' of the schedule is not NAME@PROGRESS"),
-    ('p8@0.1', 'begins at progress 0, not 0.1'),
-    ('p8@0,p4@0', r'not at \[0.0, 0.0\]'),
-    ('p8@0,p4@0.9,p2@0.5', r'not at \[0.0, 0.9, 0.5\]'),
-    ('p8@0,p4@1', r'not at \[0.0, 1.0\]'),
-    ('p8@0,p4@-1', r'not at \[0.0, -1.0\]'),
-    ('p8@0,p4@nan', r'not at \[0.0, nan\]'),
-]
-
-
-@pytest.mark.parametrize('text, message', BAD_SCHEDULES)
-def test_a_wrong_schedule_is_refused(text, message):
+@pytest.mark.parametrize('function, arguments, message', [
+    (Schedule.parse, [''], "'' is not a compression"),
+    (Schedule.parse, ['p8@x'], "stage 'p8@x' of the schedule is not NAME@PROGRESS"),
+    (Schedule.parse, ['p8@0.1'], 'begins at progress 0, not 0.1'),
+    (Schedule.parse, ['p8@0,p4@0'], r'not at \[0.0, 0.0\]'),
+    (Schedule.parse, ['p8@0,p4@0.9,p2@0.5'], r'not at \[0.0, 0.9, 0.5\]'),
+    (Schedule.parse, ['p8@0,p4@1'], r'not at \[0.0, 1.0\]'),
+    (Schedule.parse, ['p8@0,p4@nan'], r'not at \[0.0, nan\]'),
+    (Schedule, [()], 'begins at progress 0, not nowhere'),
+    (Schedule.parse('p8').at, [1.5], 'progress 1.5'),
+    (cosine, [math.nan], 'progress nan'),
+    (polynomial, [-0.1], 'progress -0.1'),
+])
+def test_arguments_out_of_range(function, arguments, message):
     with pytest.raises(ValueError, match=message):
-        Schedule.parse(text)
+        function(*arguments)
 
 
 # ---- the solver
@@ -103,48 +93,30 @@ def table(strategies, points=(0, 0.5, 1), sem=0.0):
     return rows
 
 
-def random_table(seed):
-    """(values, costs) of up to 4 strategies at up to 6 points, a third of them full of ties."""
-    rng = random.Random(seed)
-    names = 'abcd'[:rng.randint(1, 4)]
-    length = rng.randint(1, 6)
-    digits = 0 if seed % 3 == 0 else 9
-    values = {}
-    costs = {}
-    for name in names:
-        values[name] = [round(rng.random(), digits) for _ in range(length)]
-        costs[name] = rng.choice((0.2, 0.5, rng.random()))
-    return values, costs
-
-
 @pytest.mark.parametrize('seed', range(60))
 def test_best_path_equals_brute_force(seed):
-    """Over all paths; of equal ones, the pointwise path takes the cheaper."""
-    values, costs = random_table(seed)
+    """Over all paths of up to 4 strategies, at up to 6 points; a third of the tables have ties.
+
+    Of equal ones, the pointwise path takes the cheaper.
+    """
+    rng = random.Random(seed)
+    names = 'abcd'[:rng.randint(1, 4)]
+    points = range(rng.randint(1, 6))
+    digits = 0 if seed % 3 == 0 else 9
+    values = {name: [round(rng.random(), digits) for _ in points] for name in names}
+    costs = {name: rng.choice((0.2, 0.5, rng.random())) for name in names}
 
     def total(path):
         return sum(values[name][i] for i, name in enumerate(path))
 
-    points = range(len(values['a']))
-    paths = itertools.product(values, repeat=len(points))
+    paths = itertools.product(names, repeat=len(points))
     rising = [path for path in paths if sorted(path, key=costs.get) == list(path)]
     found = tuple(best_path(values, costs))
     assert found in rising
     assert total(found) == pytest.approx(min(map(total, rising)))
-    pointwise = []
-    for i in points:
-        pointwise.append(min(values, key=lambda name: (values[name][i], costs[name])))
-    free = best_path(values, costs, monotone=False)
-    assert total(free) == pytest.approx(total(pointwise))
-    assert [costs[name] for name in free] == [costs[name] for name in pointwise]
-
-
-def test_monotone_optimum_is_global_not_greedy():
-    """'b' is better in the middle, but then the cheap 'a' could not follow: 2 against 10.9."""
-    values = dict(a=[1.0, 1.0, 0.0], b=[2.0, 0.9, 9.0])
-    costs = dict(a=0.1, b=1.0)
-    assert best_path(values, costs) == ['a', 'a', 'a']
-    assert best_path(values, costs, monotone=False) == ['a', 'b', 'a']
+    for i, name in enumerate(best_path(values, costs, monotone=False)):
+        best = min((values[other][i], costs[other]) for other in names)
+        assert (values[name][i], costs[name]) == best
 
 
 def test_ca_mse_by_hand():
@@ -171,53 +143,35 @@ def test_errors_are_log_linear_between_measurements():
 def test_the_schedule_changes_where_the_logarithms_cross():
     """p8 rises from 0.25 to 4, p4 stays at 1: 0.25 16^p = 1 at p = 0.5. The grid step is 0.01."""
     rows = table({P4: (1, 0, 1), P8: (0.5, 0, [0.5, 8])}, points=(0, 1))
-    schedule = solve(rows)
-    assert [strategy for _, strategy in schedule.stages] == [P8, P4]
-    assert schedule.stages[1][0] == pytest.approx(0.5, abs=0.011)
+    (_, first), (start, second) = solve(rows).stages
+    assert (first, second) == (P8, P4)
+    assert start == pytest.approx(0.5, abs=0.011)
 
 
-def broken(change):
-    """A table of p4 and p8 at 0, 0.5 and 1 with one fault."""
-    rows = table({'p4': (1, 0, 1), 'p8': (0.25, 0.1, 1)})
-    if change == 'no rows':
-        return []
-    if change == 'a row missing':
-        return rows[:-1]
-    if change == 'a row twice':
-        return rows + rows[:1]
-    if change == 'no p4':
-        return rows[1::2]
-    rows[2].update(change)
-    return rows
+GOOD = table({'p4': (1, 0, 1), 'p8': (0.25, 0.1, 1)})
 
 
-BAD_TABLES = [
-    ('no rows', 'the uncompressed strategy is missing'),
-    ('no p4', 'the uncompressed strategy is missing'),
-    ('a row missing', r'has 5 rows; it needs every strategy \(p4, p8\) once'),
-    ('a row twice', 'has 7 rows'),
-    (dict(norm2=-0.1), 'norm2 is -0.1 .* at progress 0.5: the true gradient is lost in noise'),
-    (dict(norm2=0.1, norm2_sem=0.2), r'norm2 is 0.1 \+- 0.2 at progress 0.5'),
-    (dict(norm2=math.nan), 'norm2 is nan'),
-]
+def with_norm(**values):
+    return [*GOOD[:2], dict(GOOD[2], **values), *GOOD[3:]]
 
 
-@pytest.mark.parametrize('change, message', BAD_TABLES)
-def test_a_wrong_table_is_refused(change, message):
+@pytest.mark.parametrize('rows, message', [
+    ([], 'the uncompressed strategy is missing'),
+    (GOOD[1::2], 'the uncompressed strategy is missing'),
+    (GOOD[:-1], r'has 5 rows; it needs every strategy \(p4, p8\) once'),
+    (GOOD + GOOD[:1], 'has 7 rows'),
+    (with_norm(norm2=-0.1), 'norm2 is -0.1 .* progress 0.5: the true gradient is lost in noise'),
+    (with_norm(norm2=0.1, norm2_sem=0.2), r'norm2 is 0.1 \+- 0.2 at progress 0.5'),
+    (with_norm(norm2=math.nan), 'norm2 is nan'),
+])
+def test_a_wrong_table_is_refused(rows, message):
     with pytest.raises(ValueError, match=message):
-        solve(broken(change))
+        solve(rows)
 
 
 # ---- our own rules
 
-ROW = dict(cost=0.5, norm2=4, mean2=2, inner=2, inner_sem=0.1, variance=4,
-           slope=3, slope_sem=0.3, slope0=4)
-
-
-def test_gain_by_hand():
-    """c slope0 / slope = 0.5 4 / 3 = 2/3, with the relative error of the slope, 0.1."""
-    assert RULES['gain'](ROW) == pytest.approx((2 / 3, 2 / 30))
-    assert RULES['gain'](dict(ROW, slope=-3))[0] > 1e6                    # does not descend
+ROW = dict(cost=0.5, norm2=4, mean2=2, inner=2, inner_sem=0.1, variance=4)
 
 
 def test_best_length_is_the_least_error_over_all_lengths():
@@ -237,100 +191,73 @@ def test_best_length_is_the_least_error_over_all_lengths():
 
 # ---- auto: revise the schedule half way
 
-AUTO = [
-    # bias^2 of p8 and its error, of p8-drop0.50 and its error; what follows p8
-    (0.10, 0.0, 2.0, 0.0, P8),                                # is the lowest
-    (1.50, 0.0, 2.0, 0.0, P4),                                # p4 is the lowest
-    (1.50, 5.0, 2.0, 5.0, P8),                                # nothing can be told apart
-    (0.71, 0.0051, 2.0, 0.0, P8),                             # 0.01 above p4, 1.96 errors
-    (0.71, 0.0049, 2.0, 0.0, P4),                             # 0.01 above p4, 2.04 errors
-    (1.50, 0.0, 2.0, 5.0, DROPPED),                           # tied with p4, and cheaper
-]
+@pytest.mark.parametrize('norm2', (4.0, -1.0))
+@pytest.mark.parametrize('now, p8, p8_sem, dropped, dropped_sem, chosen', [
+    # bias^2 of p8 and its error, of p8-drop0.50 and its error
+    (P8, 0.10, 0.0, 2.0, 0.0, P8),                            # is the lowest
+    (P8, 1.50, 0.0, 2.0, 0.0, P4),                            # p4 is the lowest
+    (P8, 1.50, 5.0, 2.0, 5.0, P8),                            # nothing can be told apart
+    (P8, 0.71, 0.0051, 2.0, 0.0, P8),                         # 0.01 above p4, 1.96 errors
+    (P8, 0.71, 0.0049, 2.0, 0.0, P4),                         # 0.01 above p4, 2.04 errors
+    (P8, 1.50, 0.0, 2.0, 5.0, DROPPED),                       # tied with p4, and cheaper
+    (Compression(16), 0.10, 0.0, 2.0, 0.0, P8),               # was not measured
+])
+def test_auto(now, p8, p8_sem, dropped, dropped_sem, chosen, norm2):
+    """CA-MSE: p4 1, p8 0.3 + its bias^2, p8-drop0.50 0.2 + its bias^2.
 
-
-def measured(p8, p8_sem, dropped, dropped_sem):
-    """Rows at 0.3. CA-MSE: p4 1, p8 0.3 + its bias^2, p8-drop0.50 0.2 + its bias^2."""
-    common = dict(progress=0.3, variance=1.0, variance_sem=0.0)
-    return [
+    All rows share one norm2, so its value does not matter, not even if it is lost in noise.
+    """
+    common = dict(progress=0.3, variance=1.0, variance_sem=0.0, norm2=norm2)
+    rows = [
         dict(common, strategy=P4, cost=1.0, bias2=0.0, bias2_sem=0.0),
         dict(common, strategy=P8, cost=0.3, bias2=p8, bias2_sem=p8_sem),
         dict(common, strategy=DROPPED, cost=0.2, bias2=dropped, bias2_sem=dropped_sem),
     ]
-
-
-@pytest.mark.parametrize('norm2', (4.0, -1.0))
-@pytest.mark.parametrize('p8, p8_sem, dropped, dropped_sem, chosen', AUTO)
-def test_auto(p8, p8_sem, dropped, dropped_sem, chosen, norm2):
-    """All rows share one norm2, so its value does not matter, not even if it is lost in noise."""
-    rows = measured(p8, p8_sem, dropped, dropped_sem)
-    rows = [dict(row, norm2=norm2) for row in rows]
-    revised = revise(Schedule(((0.0, P8),)), rows, 0.3)
-    assert revised.at(0.2) == P8
+    revised = revise(Schedule(((0.0, now),)), rows, 0.3, rule='ca-mse')
+    assert revised.at(0.2) == now
     assert revised.at(0.3) == revised.at(1) == chosen
-
-
-def test_auto_leaves_a_strategy_that_was_not_measured():
-    now = Schedule(((0.0, Compression(16)),))
-    rows = [dict(row, norm2=1.0) for row in measured(0.1, 0.0, 2.0, 0.0)]
-    assert revise(now, rows, 0.3).at(0.3) == P8
 
 
 # ---- the command
 
-def call_main(monkeypatch, *flags):
-    monkeypatch.setattr('sys.argv', ['schedule.py', *map(str, flags)])
-    schedule_file.main()
-
-
 @pytest.fixture
-def stats_file(tmp_path):
+def call(tmp_path, monkeypatch):
+    """call(rows or text, *flags): schedule.py with a gradstats.jsonl of these."""
+    def call(content, *flags):
+        if not isinstance(content, str):
+            content = '\n'.join(map(json.dumps, content))
+        path = tmp_path / 'gradstats.jsonl'
+        path.write_text(content)
+        monkeypatch.setattr('sys.argv', ['schedule.py', str(path), *flags])
+        schedule_file.main()
+    return call
+
+
+def in_metric(metric, bias2):
+    rows = table({'p4': (1, 0, 1), 'p8': (0.25, bias2, 1)})
+    return [dict(row, metric=metric) for row in rows]
+
+
+def test_the_command_prints_a_schedule_for_train(call, capsys):
     """p8 is best until its bias^2 is 2 at the end. In the other metric it never is."""
-    p4 = (1, 0, 1)
-    adam = table({'p4': p4, 'p8': (0.25, [0.1, 0.4, 2], 1)})
-    euclidean = table({'p4': p4, 'p8': (0.25, 9, 1)})
-    lines = [dict(row, metric='adam') for row in adam]
-    lines += [dict(row, metric='euclidean') for row in euclidean]
-    path = tmp_path / 'gradstats.jsonl'
-    path.write_text('\n'.join(map(json.dumps, lines)))
-    return path
-
-
-def test_the_command_prints_a_schedule_for_train(stats_file, monkeypatch, capsys):
-    call_main(monkeypatch, stats_file, '--metric', 'adam')
+    rows = in_metric('adam', [0.1, 0.4, 2]) + in_metric('euclidean', 9)
+    call(rows, '--metric', 'adam')
     text = capsys.readouterr().out.splitlines()[-1].removeprefix('--schedule ')
     assert [strategy for _, strategy in Schedule.parse(text).stages] == [P8, P4]
-    call_main(monkeypatch, stats_file, '--metric', 'euclidean')
+    call(rows, '--metric', 'euclidean')
     assert capsys.readouterr().out.splitlines()[-1] == '--schedule p4@0'
 
 
-def test_the_command_refuses_files_that_are_no_tables(stats_file, monkeypatch, tmp_path):
-    with pytest.raises(FileNotFoundError, match='no table at'):
-        call_main(monkeypatch, tmp_path / 'nowhere.jsonl')
-    with pytest.raises(ValueError, match='has no rows in the euclidean metric, only adam'):
-        stats_file.write_text(stats_file.read_text().replace('euclidean', 'adam'))
-        call_main(monkeypatch, stats_file, '--metric', 'euclidean')
-    old = dict(progress=0.5, strategy='p4', cost=1, bias2=0, variance=1, norm2=1, metric='adam')
-    stats_file.write_text(json.dumps(old))
-    with pytest.raises(ValueError, match='of an earlier version, which counted other units'):
-        call_main(monkeypatch, stats_file)
-    stats_file.write_text('{"progress": 0}\nnonsense')
-    with pytest.raises(ValueError, match='is not a gradstats.jsonl'):
-        call_main(monkeypatch, stats_file)
-
-
-# ---- arguments out of range
-
-BAD_ARGUMENTS = [
-    (Schedule.parse('p8').at, (1.5,), 'progress 1.5'),
-    (Schedule.parse('p8').at, (math.nan,), 'progress nan'),
-    (cosine, (1.5,), 'progress 1.5'),
-    (polynomial, (-0.1,), 'progress -0.1'),
-    (ramp, (0.99, 1, math.nan), 'progress nan'),
-    (Schedule, ((),), 'begins at progress 0, not nowhere'),
-]
-
-
-@pytest.mark.parametrize('function, arguments, message', BAD_ARGUMENTS)
-def test_arguments_out_of_range(function, arguments, message):
+@pytest.mark.parametrize('content, message', [
+    (in_metric('adam', 9), 'has no rows in the euclidean metric, only adam'),
+    ([dict(progress=0.5, metric='adam')], 'of an earlier version, which counted other units'),
+    ('{"progress": 0}\nnonsense', 'is not a gradstats.jsonl'),
+])
+def test_the_command_refuses_files_that_are_no_tables(content, message, call):
     with pytest.raises(ValueError, match=message):
-        function(*arguments)
+        call(content, '--metric', 'euclidean')
+
+
+def test_a_missing_table_says_how_to_make_one():
+    with pytest.raises(FileNotFoundError, match='no table at nowhere; train.py --gradstats'):
+        schedule_file.load_table('nowhere')
