@@ -9,6 +9,7 @@ headline    MoCo-v3 uncompressed, under two constant strategies and relaxed half
 objectives  MoCo-v3, SimCLR and DINO, uncompressed and compressed
 schedules   when to relax the compression: never, in stages, by the drop rate alone, by auto
 decay       cosine and polynomial decay of the learning rate
+recipe      one setting at a time changed, for the uncompressed and a compressed run alike
 gpu         MoCo-v3 with ViT-Ti, uncompressed and compressed
 paper       ViT-B on ImageNet-1k in ROOT/imagenet, at the paper's budgets, under schedules of ours:
             never run here. In the commands that `run paper --dry-run` prints, put torchrun
@@ -60,10 +61,23 @@ class Study:
     rows: list                         # the uncompressed row before those compared with it
     datasets: tuple
     budgets: tuple                     # millions of units
+    seeds: tuple = (0, 1, 2)           # from 1 M units on, the first two
 
 
 POLYNOMIAL = ('polynomial', ('--lr-schedule', 'polynomial'))
 VIT_TINY = ('vit_tiny', ('--arch', 'vit_tiny', '--batch-size', '512', '--lr', '5e-4', '--compile'))
+RECIPES = (
+    (),                                # variant and flags of the defaults
+    ('crop0.4', ('--crop-scale', '0.4')),
+    ('crop0.6', ('--crop-scale', '0.6')),
+    ('batch64', ('--batch-size', '64')),
+    ('batch256', ('--batch-size', '256')),
+    ('crop0.4-batch64', ('--crop-scale', '0.4', '--batch-size', '64')),
+    ('temperature0.1', ('--temperature', '0.1')),
+    ('momentum0.95', ('--momentum', '0.95')),
+    ('momentum0.996', ('--momentum', '0.996')),
+    ('warmup0.02', ('--warmup', '0.02')),
+)
 PAPER = ('--arch', 'vit_base', '--img-size', '224', '--patch-size', '16', '--workers', '12')
 MOCO_V3 = ('--lr', '1.5e-4', '--batch-size', '4096', '--hidden', '4096', '--warmup', '0.13',
            '--freeze-patch-embed')
@@ -92,14 +106,17 @@ STUDIES = dict(
         [Row('moco', schedule, *decay)
          for schedule in ('none', 'p8-drop0.50') for decay in ((), POLYNOMIAL)],
         ('fashion_mnist',), (0.08, 1.28)),
+    recipe=Study(
+        [Row('moco', schedule, *recipe) for recipe in RECIPES for schedule in ('none', 'p8')],
+        ('cifar10', 'fashion_mnist'), (0.08,), seeds=(0,)),
     gpu=Study(
         [Row('moco', schedule, *VIT_TINY) for schedule in ('none', 'p8-drop0.50')],
-        ('cifar10',), (1.0, 4.0, 16.0)),
+        ('cifar10',), (1.0, 4.0, 16.0), seeds=(0,)),
     paper=Study(
         [Row(method, schedule, '', PAPER + recipe)
          for method, recipe in (('moco', MOCO_V3), ('simclr', SLIP), ('dino', DINO_V1))
          for schedule in ('none', RELAXED, 'p48@0,p40@0.2,p30@0.4,p24@0.6,p20@0.8,p16@0.9')],
-        ('imagenet',), (309, 620, 1027, 1537)),
+        ('imagenet',), (309, 620, 1027, 1537), seeds=(0,)),
 )
 
 
@@ -139,7 +156,7 @@ def dataset_flags(name, root):
 
 
 def runs_of(name, datasets=None, budgets=None, seeds=None):
-    """The runs of a study, the cheap ones first. Three seeds, but two from 1 M units on."""
+    """The runs of a study, the cheap ones first."""
     study = STUDIES[name]
     runs = []
     for dataset in datasets or study.datasets:
@@ -147,7 +164,7 @@ def runs_of(name, datasets=None, budgets=None, seeds=None):
         if (name, dataset) == ('headline', 'cifar10'):
             wanted = (*wanted, 4.0)    # once, to see what a long run changes
         for budget in budgets or wanted:
-            for seed in seeds or range(3 if budget < 1 else 2):
+            for seed in seeds or study.seeds[:3 if budget < 1 else 2]:
                 runs += [Run(name, dataset, row, budget, seed) for row in study.rows]
     return sorted(runs, key=lambda run: (run.budget, run.seed))
 
@@ -321,7 +338,7 @@ def parse_args(argv):
     command.add_argument('--budgets', nargs='+', type=positive,
                          help="millions of units (default: the study's)")
     command.add_argument('--seeds', nargs='+', type=count_or_zero,
-                         help='(default: 0 1 2, from 1 M units on 0 1)')
+                         help="(default: the study's)")
     command.add_argument('--jobs', type=count, default=1,
                          help='runs at a time; with more than one, each has one thread')
     command.add_argument('--data-root', default='data', help='folder of the data sets')

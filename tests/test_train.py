@@ -414,7 +414,7 @@ def test_a_schedule_given_anew_takes_over(run):
 def test_the_commands_of_the_paper_run_dry(capsys, tmp_path, monkeypatch):
     """Three methods under three schedules. An uncompressed sample of MoCo-v3 costs 4 units."""
     monkeypatch.chdir(tmp_path)
-    reproduce.main(['run', 'paper', '--budgets', '1537', '--seeds', '0', '--dry-run'])
+    reproduce.main(['run', 'paper', '--budgets', '1537', '--dry-run'])
     commands = capsys.readouterr().out.splitlines()
     assert len(commands) == 9
     for command in commands:
