@@ -218,6 +218,19 @@ def test_auto(now, p8, p8_sem, dropped, dropped_sem, chosen, norm2):
     assert revised.at(0.3) == revised.at(1) == chosen
 
 
+def test_auto_goes_by_the_best_length():
+    """The gradient of p8 points the right way and is twice too long: bias^2 4 - 4 + 1 = 1.
+
+    CA-MSE is 1 + 0.3 for p8 and 1 for p4; at the best length 1 - 4 / 4.3 and 1 - 1 / 2.
+    """
+    common = dict(progress=0.3, variance=1.0, variance_sem=0.0, norm2=1.0, bias2_sem=0.0,
+                  inner_sem=0.0)
+    rows = [dict(common, strategy=P4, cost=1.0, bias2=0.0, mean2=1.0, inner=1.0),
+            dict(common, strategy=P8, cost=0.3, bias2=1.0, mean2=4.0, inner=2.0)]
+    assert revise(Schedule(((0.0, P4),)), rows, 0.3).at(0.3) == P8
+    assert revise(Schedule(((0.0, P8),)), rows, 0.3, rule='ca-mse').at(0.3) == P4
+
+
 # ---- the command
 
 @pytest.fixture
