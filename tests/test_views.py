@@ -1,4 +1,4 @@
-"""views.py against torchvision, with the random draws in hand; and its draws against their laws."""
+"""views.py against torchvision, with the random draws in hand; its draws against their laws."""
 from dataclasses import replace
 
 import lightly.transforms as lightly
@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
+from conftest import error
+from methods import METHODS
 
 import views
 from views import View, crop_boxes, draw, keyed_generator, make_views, recipe
@@ -16,7 +18,11 @@ PLAIN = View(16, jitter_p=0, gray_p=0)  # crop and flip only
 
 def rand(*shape):
     """Random images, float64."""
-    return torch.rand(shape, dtype=torch.float64, generator=keyed_generator(*shape))
+    return torch.rand(shape, dtype=torch.float64)
+
+
+def rand_bytes(*shape):
+    return torch.randint(256, shape, dtype=torch.uint8)
 
 
 def smooth(b, side):
@@ -29,14 +35,18 @@ def per_image(*values):
     return torch.tensor(values, dtype=torch.float64)[:, None, None, None]
 
 
-def error(a, b):
-    return (a - b).abs().max().item()
-
-
 def assert_frequency(chosen, p):
     """The share of n draws lies within 4 standard errors, sqrt(p (1 - p) / n), of p."""
     bound = 4 * (p * (1 - p) / chosen.numel()) ** 0.5
     assert abs(chosen.double().mean().item() - p) < bound
+
+
+def assert_uniform(values, low, high):
+    """Mean and variance, within 4 standard errors: w / sqrt(12 n) and w^2 / sqrt(180 n)."""
+    n, w = values.numel(), high - low
+    assert low <= values.min() and values.max() <= high
+    assert abs(values.mean() - (low + high) / 2) < 4 * w / (12 * n) ** 0.5
+    assert abs(values.var() - w ** 2 / 12) < 4 * w ** 2 / (180 * n) ** 0.5
 
 
 # ---- crops
@@ -47,29 +57,24 @@ def test_crop_and_flip_equals_torchvision(side, interpolation):
     """Boxes at each border of a rectangle, shrunk and enlarged. Measured: 1e-14."""
     images = rand(5, 3, 40, 30)
     boxes = [(0, 0, 40, 30), (3, 2, 20, 21), (5, 0, 35, 30), (0, 17, 9, 13), (32, 10, 8, 8)]
-    flips = [False, True, False, True, False]
-    top, left, height, width = torch.tensor(boxes, dtype=torch.float64).unbind(dim=1)
-    flip = torch.tensor(flips)[:, None, None]
-    draws = dict(top=top, left=left, height=height, width=width, flip=flip)
+    columns = torch.tensor(boxes, dtype=torch.float64).unbind(dim=1)
+    draws = dict(zip(('top', 'left', 'height', 'width'), columns))
+    draws['flip'] = torch.tensor([False, True, False, True, False])[:, None, None]
     ours = views.crop_and_flip(images, View(side, interpolation=interpolation), draws)
     mode = T.InterpolationMode(interpolation)
-    for image, box, flipped, crop in zip(images, boxes, flips, ours):
-        theirs = TF.resized_crop(image, *box, [side, side], mode, antialias=True)
-        theirs = theirs.flip(2) if flipped else theirs
-        assert error(crop, theirs.clamp(0, 1)) < 1e-6
+    for i, box in enumerate(boxes):
+        theirs = TF.resized_crop(images[i], *box, [side, side], mode, antialias=True)
+        theirs = theirs.flip(2) if draws['flip'][i] else theirs
+        assert error(ours[i], theirs.clamp(0, 1)) < 1e-6
 
 
 def test_boxes_are_distributed_as_torchvisions():
-    """Means and mean squares of top, left, height, width: within 4 standard errors."""
     n, size, scale = 10_000, (48, 64), (0.08, 1.0)
     ours = torch.stack(crop_boxes(n, *size, scale, keyed_generator(0), 'cpu'), dim=1)
-    torch.manual_seed(0)
-    image, ratio = torch.empty(3, *size), (3 / 4, 4 / 3)
-    theirs = [T.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(n)]
-    theirs = torch.tensor(theirs).float()
-    for power in (1, 2):
-        a = ours ** power
-        b = theirs ** power
+    image = torch.empty(3, *size)
+    crop = T.RandomResizedCrop(8, scale)
+    theirs = torch.tensor([crop.get_params(image, scale, crop.ratio) for _ in range(n)]).float()
+    for a, b in ((ours, theirs), (ours ** 2, theirs ** 2)):
         standard_error = ((a.var(dim=0) + b.var(dim=0)) / n).sqrt()
         assert ((a.mean(dim=0) - b.mean(dim=0)).abs() < 4 * standard_error).all()
 
@@ -88,23 +93,6 @@ def test_box_is_central_if_nothing_fits():
 
 # ---- colour
 
-def test_hue_equals_torchvision():
-    images = rand(5, 3, 7, 9)
-    turns = (-0.5, -0.1, 0.0, 0.08, 0.5)
-    ours = views.turn_hue(images, per_image(*turns))
-    for image, turn, turned in zip(images, turns, ours):
-        assert error(turned, TF.adjust_hue(image, turn)) < 1e-6
-
-
-def test_hue_leaves_grey_pixels_and_ties():
-    """Equal channels have no hue; (1, 1, 0) is yellow, and a third of a turn makes it cyan."""
-    pixels = torch.tensor([[0.0, 0, 0], [1, 1, 1], [0.3, 0.3, 0.3], [1, 1, 0]])
-    images = pixels[:, :, None, None].double()
-    turned = views.turn_hue(images, per_image(*[1 / 3] * 4))[:, :, 0, 0]
-    expected = torch.tensor([[0.0, 0, 0], [1, 1, 1], [0.3, 0.3, 0.3], [0, 1, 1]])
-    assert error(turned, expected) < 1e-6
-
-
 BLENDS = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
 
 
@@ -114,32 +102,31 @@ def test_blends_equal_torchvision(operation):
     images = rand(4, 3, 7, 9)
     factors = (0.0, 0.6, 1.0, 1.7)
     ours = views.blend(images, per_image(*[operation] * 4), per_image(*factors))
-    for image, factor, blended in zip(images, factors, ours):
-        assert error(blended, BLENDS[operation](image, factor)) < 1.1e-4
+    for i, factor in enumerate(factors):
+        assert error(ours[i], BLENDS[operation](images[i], factor)) < 1.1e-4
 
 
-def test_grayscale_equals_pil():
-    """To half a step of 255, since PIL rounds."""
-    images = torch.randint(0, 256, (1, 3, 30, 30), generator=keyed_generator(0)).byte()
-    theirs = TF.to_tensor(TF.to_pil_image(images[0]).convert('L'))
-    ours = views.grayscale(images / 255)
-    assert ours.shape == (1, 3, 30, 30)
-    assert error(ours[0], theirs) < 0.51 / 255
+def test_hue_equals_torchvision():
+    """Also where a pixel is grey, so has no hue, or two channels are equal."""
+    images = rand(5, 3, 7, 9)
+    images[:, :, 0] = images[:, :1, 0]
+    images[:, :2, 1] = images[:, 2:, 1] / 2 + 0.5
+    turns = (-0.5, -0.1, 0.0, 0.08, 0.5)
+    ours = views.turn_hue(images, per_image(*turns))
+    for i, turn in enumerate(turns):
+        assert error(ours[i], TF.adjust_hue(images[i], turn)) < 1e-6
 
 
 @pytest.mark.parametrize('sigma', (0.3, 1.0, 2.0))
 def test_blur_equals_torchvision_inside(sigma):
-    """Away from the border, where the weights are renormalized and torchvision reflects."""
+    """At the border torchvision reflects. Ours keeps a constant image constant."""
     images = rand(2, 3, 32, 32)
+    images[1] = 0.7
     ours = views.blur(images, per_image(sigma, sigma))
     theirs = TF.gaussian_blur(images, 21, sigma)
     inside = slice(10, -10)
     assert error(ours[:, :, inside, inside], theirs[:, :, inside, inside]) < 1e-6
-
-
-def test_blur_keeps_a_constant_image():
-    images = torch.full((1, 3, 9, 9), 0.7)
-    assert error(views.blur(images, per_image(1.5).float()), images) < 1e-6
+    assert error(ours[1], images[1]) < 1e-6
 
 
 def test_solarize_equals_torchvision():
@@ -150,14 +137,12 @@ def test_solarize_equals_torchvision():
 
 
 def torchvision_colors(image, draws, i):
-    """What `recolor` does to image i, by torchvision, one operation after the other."""
     if draws['jitter'][i]:
-        operations = draws['operations'][i].flatten().tolist()
-        factors = draws['factors'][i].flatten().tolist()
-        steps = [(BLENDS[k], factor) for k, factor in zip(operations, factors)]
-        steps.insert(int(draws['hue_place'][i]), (TF.adjust_hue, draws['turns'][i].item()))
+        operations = draws['operations'][i].flatten()
+        steps = [(BLENDS[k], factor) for k, factor in zip(operations, draws['factors'][i])]
+        steps.insert(int(draws['hue_place'][i]), (TF.adjust_hue, draws['turns'][i]))
         for function, amount in steps:
-            image = function(image, amount)
+            image = function(image, amount.item())
     if draws['gray'][i]:
         image = TF.rgb_to_grayscale(image, 3)
     if draws['blur'][i]:
@@ -169,75 +154,54 @@ def torchvision_colors(image, draws, i):
 
 
 def test_views_equal_torchvision_image_by_image():
-    """make_views with every operation, in every order. A pixel at the threshold of solarization
-    may fall to either side, so 0.1 % of the pixels may differ."""
+    """Every operation, in every order; 300 images are made in two parts.
+
+    A pixel at the threshold of solarization may fall to either side: 0.1 % of them may differ.
+    """
     view = View(24, jitter=(0.8, 0.8, 0.8, 0.2), blur_p=0.5, solarize_p=0.2)
-    images = torch.randint(0, 256, (200, 3, 20, 26), generator=keyed_generator(0)).byte()
+    images = rand_bytes(300, 3, 20, 26)
     before = images.clone()
     ours, = make_views(images, [view], keyed_generator(1))
-    draws = draw(200, 20, 26, view, keyed_generator(1), 'cpu')
+    draws = draw(300, 20, 26, view, keyed_generator(1), 'cpu')
     pixels = views.crop_and_flip(images / 255, view, draws).double()
-    theirs = torch.stack([torchvision_colors(pixels[i], draws, i) for i in range(200)])
+    theirs = torch.stack([torchvision_colors(pixels[i], draws, i) for i in range(300)])
     assert ((ours - theirs).abs() > 1e-3).double().mean() < 1e-3
     assert torch.equal(images, before)
 
 
 # ---- draws
 
-def test_each_operation_is_drawn_as_often_as_the_view_says():
-    n = 20_000
-    view = View(32, jitter_p=0.8, gray_p=0.2, blur_p=0.1, solarize_p=0.3)
-    draws = draw(n, 32, 32, view, keyed_generator(0), 'cpu')
-    assert_frequency(draws['jitter'], 0.8)
-    assert_frequency(draws['gray'], 0.2)
-    assert_frequency(draws['blur'], 0.1)
-    assert_frequency(draws['solarize'], 0.3)
+def test_draws_follow_the_law_of_the_view():
+    """A strength of 1.5 gives factors of 0 to 2.5: none is negative."""
+    probabilities = dict(jitter_p=0.8, gray_p=0.2, blur_p=0.1, solarize_p=0.3)
+    view = View(32, jitter=(1.5, 0.4, 0.2, 0.1), **probabilities)
+    draws = draw(20_000, 32, 32, view, keyed_generator(0), 'cpu')
+    for name, p in probabilities.items():
+        assert_frequency(draws[name.removesuffix('_p')], p)
     assert_frequency(draws['flip'], 0.5)
+    for operation, limits in enumerate([(0, 2.5), (0.6, 1.4), (0.8, 1.2)]):
+        factors = draws['factors'][draws['operations'] == operation]
+        assert len(factors) == 20_000
+        assert_uniform(factors, *limits)
+    assert_uniform(draws['turns'], -0.1, 0.1)
+    assert_uniform(draws['sigma'], 0.1, 2.0)
 
 
 def test_all_24_orders_of_the_jitter_are_equally_likely():
     draws = draw(24_000, 32, 32, View(32), keyed_generator(0), 'cpu')
-    place = draws['hue_place'].flatten()
     first, second, _ = draws['operations'].flatten(1).T
-    code = place * 9 + first * 3 + second
+    code = draws['hue_place'].flatten() * 9 + first * 3 + second
     orders = code.unique()
     assert len(orders) == 24
     for order in orders:
         assert_frequency(code == order, 1 / 24)
 
 
-def assert_uniform(values, low, high):
-    """Inside the range, and mean and variance within 4 standard errors; those of a uniform
-    variable of width w are w / sqrt(12 n) and w^2 / sqrt(180 n)."""
-    n, w = values.numel(), high - low
-    assert low <= values.min() and values.max() <= high
-    assert abs(values.mean() - (low + high) / 2) < 4 * w / (12 * n) ** 0.5
-    assert abs(values.var() - w ** 2 / 12) < 4 * w ** 2 / (180 * n) ** 0.5
-
-
-def test_strengths_are_uniform_in_torchvisions_ranges():
-    view = View(32, jitter=(0.8, 0.4, 0.2, 0.1))
-    draws = draw(20_000, 32, 32, view, keyed_generator(0), 'cpu')
-    for operation, strength in enumerate((0.8, 0.4, 0.2)):
-        factors = draws['factors'][draws['operations'] == operation]
-        assert len(factors) == 20_000
-        assert_uniform(factors, 1 - strength, 1 + strength)
-    assert_uniform(draws['turns'], -0.1, 0.1)
-    assert_uniform(draws['sigma'], 0.1, 2.0)
-
-
-def test_a_strength_above_1_keeps_factors_positive():
-    draws = draw(1000, 32, 32, View(32, jitter=(1.5, 0, 0, 0)), keyed_generator(0), 'cpu')
-    brightness = draws['factors'][draws['operations'] == 0]
-    assert_uniform(brightness, 0, 2.5)
-
-
-@pytest.mark.parametrize('method', ('moco', 'simclr', 'dino'))
+@pytest.mark.parametrize('method', METHODS)
 def test_same_seed_at_two_sides_gives_the_same_views(method):
-    """Averaged to 32 px, views of 64 px are near those of 32 px; another seed's are not. The
-    recipe is one of 64 px, with colours and blur; solarization is left out, a threshold."""
+    """Averaged to 32 px, views of 64 px are near those of 32 px; another seed's are not."""
     images = smooth(16, 64)
-    large = [replace(view, solarize_p=0) for view in recipe(method, 64, 2, 64)]
+    large = [replace(view, solarize_p=0) for view in recipe(method, 64, 2, 64)]  # a threshold
     small = [view.at(32) for view in large]
     at_64 = make_views(images, large, keyed_generator(0))
     at_32 = make_views(images, small, keyed_generator(0))
@@ -252,7 +216,6 @@ def test_view_at_another_side_scales_the_blur():
     """2 pixels of 224 are 1 of 112; the rest of the view stays."""
     view = View(224, scale=(0.3, 0.9), blur_p=0.5)
     assert view.at(112) == replace(view, side=112, blur_sigma=(0.05, 1.0))
-    assert view.at(224) == view
 
 
 def test_views_do_not_depend_on_the_blur_of_those_before():
@@ -263,28 +226,10 @@ def test_views_do_not_depend_on_the_blur_of_those_before():
     assert not torch.equal(blurred[0], sharp[0])
 
 
-def test_same_key_same_views_and_every_image_its_own():
-    images = smooth(1, 20).expand(4, 3, 20, 20)
-    first, = make_views(images, [View(16)], keyed_generator(0, 5))
-    again, = make_views(images, [View(16)], keyed_generator(0, 5))
-    other, = make_views(images, [View(16)], keyed_generator(0, 6))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert not torch.equal(first[0], first[1])
-
-
 def test_generators_differ_in_every_part_of_the_key():
     keys = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2 ** 32))
     draws = [torch.rand(4, generator=keyed_generator(*key)) for key in keys]
     assert len(torch.stack(draws).unique(dim=0)) == 5
-
-
-def test_parts_of_a_batch_give_the_same_as_the_whole(monkeypatch):
-    images = smooth(10, 20)
-    whole, = make_views(images, [View(16, blur_p=0.5)], keyed_generator(0))
-    monkeypatch.setattr(views, 'PIXELS_AT_ONCE', 3 * 16 ** 2)
-    parts, = make_views(images, [View(16, blur_p=0.5)], keyed_generator(0))
-    assert error(whole, parts) < 1e-6
 
 
 # ---- recipes
@@ -304,29 +249,26 @@ def test_byols_views_are_lightlys():
 
 
 def test_simclr_and_dino_have_their_papers_constants():
+    """DINO's README: without local crops, the global ones are smaller."""
     one, two = recipe('simclr', 224)
     assert one == two
     assert (one.jitter, one.blur_p, one.scale) == ((0.8, 0.8, 0.8, 0.2), 0.5, (0.08, 1.0))
-    dino = recipe('dino', 224, local_crops=8, local_side=96)
+    dino = recipe('dino', 224, local_crops=8)
     assert [view.side for view in dino] == [224] * 2 + [96] * 8
     assert [view.scale for view in dino] == [(0.4, 1.0)] * 2 + [(0.05, 0.4)] * 8
     assert [view.blur_p for view in dino] == [1.0, 0.1] + [0.5] * 8
     assert [view.solarize_p for view in dino] == [0, 0.2] + [0] * 8
     assert all(view.interpolation == 'bicubic' for view in (one, *dino))
-
-
-def test_dino_without_local_crops_has_smaller_global_ones():
     assert [view.scale for view in recipe('dino', 224)] == [(0.14, 1.0)] * 2
-    assert recipe('dino', 224, local_crops=1)[2].side == 96
+    assert recipe('dino', 224, local_crops=1, local_side=64)[2].side == 64
 
 
-@pytest.mark.parametrize('method', ('moco', 'simclr', 'dino'))
+@pytest.mark.parametrize('method', METHODS)
 def test_small_images_have_larger_crops_and_no_blur(method):
     for small, large in zip(recipe(method, 63, 2), recipe(method, 64, 2)):
-        assert small.blur_p == 0
+        assert small.blur_p == 0 < large.blur_p
         assert small.scale[0] >= 0.15
         assert small.solarize_p == large.solarize_p
-        assert large.blur_p > 0
 
 
 # ---- make_views, resize, normalize
@@ -334,10 +276,8 @@ def test_small_images_have_larger_crops_and_no_blur(method):
 def test_grey_images_have_brightness_and_contrast_only():
     images = rand(64, 1, 16, 16).float()
     view = View(16, jitter_p=1.0)
-    no_change = replace(view, jitter=(0, 0, 0.4, 0.1))   # saturation, hue, grayscale
     changed, = make_views([images], [view], keyed_generator(0))
-    same, = make_views([images], [no_change], keyed_generator(0))
-    assert changed.shape == images.shape
+    same, = make_views([images], [replace(view, jitter=(0, 0, 0.4, 0.1))], keyed_generator(0))
     assert error(changed, images) > 0.1
     assert error(same, images) < 1e-6
 
@@ -354,8 +294,7 @@ def test_crops_that_are_given_are_resized_and_recoloured_only():
 @pytest.mark.parametrize('channels', (1, 3))
 def test_views_are_contiguous_float32_in_0_1(channels):
     """Of a rectangle, uint8 or float, whatever its layout in memory."""
-    pixels = torch.randint(0, 256, (6, 24, 30, channels), generator=keyed_generator(0)).byte()
-    images = pixels.movedim(3, 1)
+    images = rand_bytes(6, 24, 30, channels).movedim(3, 1)
     view = recipe('simclr', 64)[0].at(16)
     from_bytes, = make_views(images, [view], keyed_generator(0))
     from_floats, = make_views(images.double() / 255, [view], keyed_generator(0))
@@ -366,14 +305,13 @@ def test_views_are_contiguous_float32_in_0_1(channels):
     assert error(from_bytes, from_floats) < 1e-5
 
 
-def test_draws_come_from_the_generators_device_and_move():
+def test_draws_move_to_the_device_of_the_images():
     """'meta' stands for a GPU: tensors there have a shape and no values."""
-    images = views.uniform((2, 3), 0, 1, keyed_generator(0), 'meta')
-    assert images.device.type == 'meta'
+    assert views.uniform((2, 3), 0, 1, keyed_generator(0), 'meta').device.type == 'meta'
 
 
 def test_resize_and_normalize_equal_torchvision():
-    images = torch.randint(0, 256, (2, 3, 20, 26), generator=keyed_generator(0)).byte()
+    images = rand_bytes(2, 3, 20, 26)
     theirs = TF.resize(images / 255, [15, 15], T.InterpolationMode.BICUBIC).clamp(0, 1)
     assert error(views.resize(images, 15), theirs) < 1e-6
     mean, std = (0.1, 0.5, 0.3), (0.2, 0.7, 0.4)
