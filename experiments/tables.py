@@ -276,6 +276,9 @@ FILES = {
     'headline.png': '`python experiments/figures.py headline`',
     'decay.png': '`python experiments/figures.py decay`',
     'bench.md': '`python experiments/bench.py`: speed of the views, of a step, of the encoder',
+    'gradstats.jsonl': '`python train.py --dataset folder --data-root data/cifar10 --schedule none '
+                       '--gradstats 0.05,0.25,0.5,0.75,1`: gradient errors',
+    'gradstats.png': '`python pictures.py gradstats experiments/results/gradstats.jsonl`',
     'predict.jsonl': '`python experiments/predict.py`: which rule foretells the best strategy?',
     'predict.md': 'the same, its table',
     'predict.png': 'the same, its figure',
