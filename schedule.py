@@ -105,14 +105,12 @@ class Schedule:
 
 # ---------------------------------------------------------------- gradient errors -> schedule
 
-def cost_adjusted_mse(bias2, variance, cost, horizon=1):
-    """CA-MSE. A negative estimate of bias^2 means that no bias could be seen: it counts as 0."""
-    return max(bias2, 0.0) + cost * variance / horizon
-
-
 def ca_mse(row):
-    """(value, standard error): the paper's criterion, as a fraction of the true squared norm."""
-    value = cost_adjusted_mse(row['bias2'], row['variance'], row['cost'])
+    """(value, standard error): the paper's criterion, as a fraction of the true squared norm.
+
+    A negative estimate of bias^2 means that no bias could be seen: it counts as 0.
+    """
+    value = max(row['bias2'], 0.0) + row['cost'] * row['variance']
     error = math.hypot(row['bias2_sem'], row['cost'] * row['variance_sem'])
     return value / row['norm2'], error / row['norm2']
 

@@ -238,7 +238,7 @@ def run_states(args):
     torch.set_num_threads(args.threads)
     for seed in args.seeds:
         for dataset in args.datasets:
-            for source in SOURCES:
+            for source in args.sources:
                 study(args, dataset, source, seed, done)
 
 
@@ -555,6 +555,7 @@ def parse_args(argv):
     command.add_argument('--datasets', nargs='+', default=['shapes', 'fashion_mnist'])
     command.add_argument('--data-root', default='data', help='folder of the data sets')
     command.add_argument('--seeds', nargs='+', type=count_or_zero, default=[0, 1, 2])
+    command.add_argument('--sources', nargs='+', default=SOURCES, choices=SOURCES)
     command.add_argument('--variant', choices=VARIANTS, default='default')
     command.add_argument('--budget', type=positive, default=0.06, help='millions of units')
     command.add_argument('--threads', type=count, default=1)

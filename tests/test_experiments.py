@@ -9,6 +9,7 @@ sys.path.insert(0, str(ROOT / 'experiments'))
 import figures  # noqa: E402
 import reproduce  # noqa: E402
 import tables  # noqa: E402
+import train  # noqa: E402
 
 DYNAMIC = reproduce.DYNAMIC
 INF = float('inf')
@@ -22,9 +23,9 @@ if flags['--seed'] == '1':
     sys.exit('train.py: error: no such data')
 folder = pathlib.Path('runs') / flags['--name']
 folder.mkdir(parents=True)
-step = dict(step=1, progress=1.0, units=80.0, samples=20, loss=1.0, query='p8', seconds=2.0)
-score = dict(step=1, progress=1.0, units=80.0, seconds=2.0, nn=50.0, knn=55.0)
-log = [dict(score, progress=0.0, units=0.0, knn=30.0), step, score]
+step = dict(progress=1.0, samples=20, query='p8')
+score = dict(progress=1.0, units=80.0, seconds=2.0, nn=50.0, knn=55.0)
+log = [dict(score, progress=0.0, knn=30.0), step, score]
 (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + chr(10) for line in log))
 print('trained', flags['--budget'])
 '''
@@ -40,34 +41,42 @@ def stub(tmp_path, monkeypatch):
     return tmp_path
 
 
-def headline(*flags):
-    reproduce.main(['run', 'headline', '--datasets', 'shapes', '--budgets', '0.08', *flags])
+def headline(flags):
+    command = f'run headline --datasets shapes --budgets 0.08 {flags}'
+    reproduce.main(command.split())
+
+
+def collect():
+    reproduce.main(['collect', '--results', 'runs.jsonl'])
+    with open('runs.jsonl') as file:
+        return [json.loads(line) for line in file]
 
 
 def record(schedule, budget, seed, knn, dataset='shapes'):
-    """A line of runs.jsonl. One unit takes an uncompressed run 1 ms and others 2 ms."""
+    """A line of runs.jsonl. A thousand units take an uncompressed run 1 s and others 2 s."""
     units = 1e6 * budget
-    seconds = units / 1000 if schedule == 'none' else units / 500
-    before = dict(units=0, seconds=0, nn=28.0, knn=30.0)
-    return dict(name=f'{dataset}-moco-{schedule}-{budget}-{seed}', study='headline',
-                dataset=dataset, method='moco', schedule=schedule, variant='', budget=budget,
-                seed=seed, machine={}, samples=1000, units=units, seconds=seconds, nn=knn, knn=knn,
-                curve=[before])
+    seconds = units / (1000 if schedule == 'none' else 500)
+    return dict(study='headline', dataset=dataset, method='moco', schedule=schedule, variant='',
+                budget=budget, seed=seed, machine={}, samples=1000, units=units, seconds=seconds,
+                nn=knn, knn=knn, curve=[dict(knn=30.0)])
 
 
-def two_seeds():
-    """Uncompressed 50 and 45 % at 1.28 M; dynamic 40 and 60 % at 0.08 and 0.32 M."""
-    return [record('none', 1.28, 0, 50.0), record('none', 1.28, 1, 45.0),
-            record(DYNAMIC, 0.08, 0, 40.0), record(DYNAMIC, 0.32, 0, 60.0),
-            record(DYNAMIC, 0.08, 1, 40.0), record(DYNAMIC, 0.32, 1, 60.0)]
+@pytest.fixture
+def two_seeds(tmp_path):
+    """runs.jsonl: uncompressed 50 and 45 % at 1.28 M; dynamic 40 and 60 % at 0.08 and 0.32 M.
 
-
-def write(records, path):
+    On another data set there are constant strategies alone.
+    """
+    records = [record('none', 1.28, 0, 50.0), record('none', 1.28, 1, 45.0),
+               record('p8', 0.08, 0, 41.0, 'cifar10'), record('p8', 0.32, 0, 42.0, 'cifar10')]
+    for seed in (0, 1):
+        records += [record(DYNAMIC, 0.08, seed, 40.0), record(DYNAMIC, 0.32, seed, 60.0)]
+    path = tmp_path / 'runs.jsonl'
     path.write_text(''.join(json.dumps(line) + '\n' for line in records))
     return path
 
 
-# ---------------------------------------------------------------- speed-up
+# ---- speed-up
 
 @pytest.mark.parametrize('points, target, x', [
     ([(10, 50.0), (40, 60.0)], 55.0, 20),                   # half of log 4: twice 10
@@ -82,23 +91,6 @@ def test_crossing_is_linear_in_the_logarithm(points, target, x):
     assert tables.crossing(points, target) == pytest.approx(x)
 
 
-def test_speed_up_of_each_seed():
-    """Seed 0: 50 is half way from 40 to 60, so b = 0.08 * 4^(1/2) = 0.16 M, and 1.28 / 0.16 = 8.
-
-    Seed 1: 45 is a quarter, b = 0.08 * 4^(1/4) = 0.1131 M, and 1.28 / 0.1131 = 11.31. A unit takes
-    an accelerated run twice as long, so in seconds the ratios are half of these.
-    """
-    rows = reproduce.STUDIES['headline'].rows
-    base = tables.select(two_seeds(), 'shapes', rows[0])
-    fast = tables.select(two_seeds(), 'shapes', rows[-1])
-    units = tables.speed_ups(base, fast, 1.28, 'units')
-    seconds = tables.speed_ups(base, fast, 1.28, 'seconds')
-    assert [sign for sign, _ in units] == ['', '']
-    assert [ratio for _, ratio in units] == pytest.approx([8, 11.3137], rel=1e-5)
-    assert [ratio for _, ratio in seconds] == pytest.approx([4, 5.6569], rel=1e-5)
-    assert tables.speed_up_text(units) == '9.7 +- 2.3'      # (11.31 - 8) / sqrt(2) = 2.34
-
-
 @pytest.mark.parametrize('outcomes, text', [
     ([('', 8.0)], '8.0'),
     ([('>', 16.0), ('>', 15.5)], '> 15.5'),
@@ -109,45 +101,51 @@ def test_bounds_are_not_averaged(outcomes, text):
     assert tables.speed_up_text(outcomes) == text
 
 
-def test_page_has_index_speed_up_and_scores(tmp_path):
-    path = write(two_seeds(), tmp_path / 'runs.jsonl')
-    reproduce.main(['tables', '--results', str(path)])
-    page = (tmp_path / 'README.md').read_text()
+def test_page_has_index_speed_up_and_scores(two_seeds):
+    """Seed 0: 50 is half way from 40 to 60, so b = 0.08 * 4^(1/2) = 0.16 M, and 1.28 / 0.16 = 8.
+
+    Seed 1: 45 is a quarter, b = 0.08 * 4^(1/4), and 1.28 / b = 11.31. 9.66 +- 3.31 / sqrt(2) units,
+    and half of it in seconds.
+    """
+    reproduce.main(['tables', '--results', str(two_seeds)])
+    page = two_seeds.with_name('README.md').read_text()
     assert '- [runs.jsonl](runs.jsonl)' in page
-    assert 'before training: shapes 30.0 %.' in page
+    assert 'before training: shapes 30.0 %' in page
     assert f'| moco | {DYNAMIC} | 1.28 | 47.50 +- 3.54 | 2 | 9.7 +- 2.3 | 4.8 +- 1.2 |' in page
     assert '| moco | none | 1.28 | 2 | 1,000 +- 0 | 1,280 +- 0 | 47.50 +- 3.54 |' in page
     assert '`python experiments/reproduce.py run headline --datasets shapes`' in page
 
 
-# ---------------------------------------------------------------- run and collect
+def test_headline_shows_means_and_the_speed_up_of_the_mean_curves(two_seeds):
+    """Mean curves: 47.5 at 1.28 M; 40 and 60, 37.5 % of the way: 0.08 * 4^0.375, 9.5 x less."""
+    axis = figures.headline(two_seeds).axes[0]
+    uncompressed, dynamic, random = axis.get_lines()
+    assert uncompressed.get_xydata().tolist() == [[1.28e6, 47.5]]
+    assert dynamic.get_xydata().tolist() == [[0.08e6, 40.0], [0.32e6, 60.0]]
+    assert set(random.get_ydata()) == {30.0}
+    assert '9.5 x less' in [text.get_text() for text in axis.texts]
 
-def test_finished_runs_are_skipped(stub, capsys):
-    headline('--seeds', '0', '--jobs', '2')
+
+@pytest.mark.parametrize('figure', ['headline', 'decay'])
+def test_figures_are_written(figure, two_seeds, tmp_path):
+    output = tmp_path / 'figure.png'
+    figures.main([figure, '--results', str(two_seeds), '-o', str(output)])
+    assert output.read_bytes()[:4] == b'\x89PNG'
+
+
+# ---- run and collect
+
+def test_finished_runs_are_skipped_and_collected_once(stub, capsys):
+    headline('--seeds 0 --jobs 2')
     out = capsys.readouterr().out
     assert '0 runs are finished, 4 to do' in out
     assert 'shapes-moco-none-0.08M-seed0: trained 0.08' in out
-    headline('--seeds', '0')                                # the stub fails if its folder exists
+    headline('--seeds 0')                                   # the stub fails if its folder exists
     assert capsys.readouterr().out == '4 runs are finished, 0 to do\n'
 
-
-def test_failure_is_one_line_and_cancels_the_rest(stub, capsys):
-    with pytest.raises(SystemExit):
-        headline('--seeds', '1', '0')
-    line = ('reproduce.py: error: shapes-moco-none-0.08M-seed1 failed: train.py: error: '
-            'no such data (exit status 1; 0 stopped, 3 not begun)\n')
-    captured = capsys.readouterr()
-    assert captured.err == line
-    assert captured.out.count('trained') == 4               # seed 0 comes first
-
-
-def test_collect_twice_is_collect_once(stub, capsys):
-    headline('--seeds', '0')
-    results = stub / 'runs.jsonl'
     for new in (4, 0):
-        reproduce.main(['collect', '--results', str(results)])
+        lines = collect()
         assert f'has 4, {new} of them new' in capsys.readouterr().out
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
     assert [line['schedule'] for line in lines] == ['none', 'p8', 'p8-drop0.50', DYNAMIC]
     assert lines[0]['command'] == ('python train.py --method moco --schedule none --budget 0.08 '
                                    '--seed 0 --eval-every 1')
@@ -156,75 +154,57 @@ def test_collect_twice_is_collect_once(stub, capsys):
     assert lines[0]['strategies'] == {'p8': 1.0}
 
     # scores of eval.py that come later replace the line
-    score = dict(name='linear', score=61.234)
-    write([score], stub / 'runs' / 'shapes-moco-none-0.08M-seed0' / 'eval.jsonl')
-    reproduce.main(['collect', '--results', str(results)])
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    scores = stub / 'runs' / lines[0]['name'] / 'eval.jsonl'
+    scores.write_text('{"name": "linear", "score": 61.234}')
+    lines = collect()
     assert len(lines) == 4 and lines[0]['eval'] == {'linear': 61.23}
 
 
+def test_failure_is_one_line_and_cancels_the_rest(stub, capsys):
+    with pytest.raises(SystemExit):
+        headline('--seeds 1 0')
+    captured = capsys.readouterr()
+    assert captured.err == ('reproduce.py: error: shapes-moco-none-0.08M-seed1 failed: train.py: '
+                            'error: no such data (exit status 1; 0 stopped, 3 not begun)\n')
+    assert captured.out.count('trained') == 4               # seed 0 comes first
+
+
 def test_unfinished_runs_are_not_collected(stub, capsys):
-    headline('--seeds', '0')
+    headline('--seeds 0')
     log = stub / 'runs' / 'shapes-moco-p8-0.08M-seed0' / 'log.jsonl'
     lines = log.read_text().splitlines()
     log.write_text('\n'.join(lines[:-1]) + '\n{"step": 1, "progr')    # killed in the last line
-    reproduce.main(['collect', '--results', str(stub / 'runs.jsonl')])
-    assert '3 finished runs' in capsys.readouterr().out
+    assert len(collect()) == 3
 
 
 def test_runs_that_two_studies_share_have_one_name():
-    headline = {run.name: run.flags() for run in reproduce.runs_of('headline')}
-    schedules = {run.name: run.flags() for run in reproduce.runs_of('schedules')}
-    shared = headline.keys() & schedules.keys()
-    # all four rows on two sets: 3 seeds at 0.08 and 0.32 M, 2 at 1.28 M
+    """All four rows on two sets: 3 seeds at 0.08 and 0.32 M, 2 at 1.28 M."""
+    one, other = [{run.name: run.flags() for run in reproduce.runs_of(study)}
+                  for study in ('headline', 'schedules')]
+    shared = one.keys() & other.keys()
     assert len(shared) == 4 * 2 * (3 + 3 + 2)
-    assert all(headline[name] == schedules[name] for name in shared)
+    assert all(one[name] == other[name] for name in shared)
 
 
 @pytest.mark.parametrize('study', reproduce.STUDIES)
 def test_commands_are_those_of_train(study):
-    import train
     for run in reproduce.runs_of(study):
         args, _ = train.parse_args([*run.flags(), '--name', run.name])
-        assert args.budget == run.budget and args.seed == run.seed and args.name == run.name
+        assert (args.budget, args.seed, args.name) == (run.budget, run.seed, run.name)
 
 
 @pytest.mark.parametrize('command, message', [
-    (['run', 'headline', '--jobs', '0'], 'argument --jobs: 0 must be at least 1'),
-    (['run', 'headline', '--budgets', '0'], 'argument --budgets: 0 must be above 0'),
-    (['run', 'headlines'], "argument study: invalid choice: 'headlines'"),
-    (['collect', '--results', 'none.jsonl'], "no finished run of a study below 'runs'"),
-    (['tables', '--results', 'none.jsonl'], "no results at 'none.jsonl'"),
-    (['tables', '--results', 'empty.jsonl'], "'empty.jsonl' holds no runs"),
-    (['tables', '--results', 'stub.py'], "'stub.py' is not a file of JSON lines"),
+    ('run headline --jobs 0', 'argument --jobs: 0 must be at least 1'),
+    ('run headline --budgets 0', 'argument --budgets: 0 must be above 0'),
+    ('run headlines', "argument study: invalid choice: 'headlines'"),
+    ('collect --results none.jsonl', "no finished run of a study below 'runs'"),
+    ('tables --results none.jsonl', "no results at 'none.jsonl'"),
+    ('tables --results empty.jsonl', "'empty.jsonl' holds no runs"),
+    ('tables --results stub.py', "'stub.py' is not a file of JSON lines"),
 ])
 def test_errors_are_one_line(stub, capsys, command, message):
     (stub / 'empty.jsonl').touch()
     with pytest.raises(SystemExit):
-        reproduce.main(command)
+        reproduce.main(command.split())
     error = capsys.readouterr().err
     assert message in error and error.count('\n') == 1
-
-
-# ---------------------------------------------------------------- figures
-
-@pytest.mark.parametrize('figure', ['headline', 'decay'])
-def test_figures_from_made_up_runs(figure, tmp_path, capsys):
-    records = two_seeds()
-    for schedule in ('p8', 'p8-drop0.50'):                  # a panel with constants alone
-        records.append(record(schedule, 0.08, 0, 41.0, 'cifar10'))
-    path = write(records, tmp_path / 'runs.jsonl')
-    output = tmp_path / 'figure.png'
-    figures.main([figure, '--results', str(path), '-o', str(output)])
-    assert output.read_bytes()[:4] == b'\x89PNG'
-
-
-def test_headline_shows_means_and_the_speed_up_of_the_mean_curves(tmp_path):
-    """Mean curves: 47.5 at 1.28 M; 40 and 60, 37.5 % of the way: 0.08 * 4^0.375, 9.5 x less."""
-    path = write(two_seeds(), tmp_path / 'runs.jsonl')
-    axis = figures.headline(path).axes[0]
-    uncompressed, dynamic, random = axis.get_lines()
-    assert uncompressed.get_xydata().tolist() == [[1.28e6, 47.5]]
-    assert dynamic.get_xydata().tolist() == [[0.08e6, 40.0], [0.32e6, 60.0]]
-    assert set(random.get_ydata()) == {30.0}
-    assert '9.5 x less' in [text.get_text() for text in axis.texts]
