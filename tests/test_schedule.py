@@ -10,8 +10,8 @@ from timm.scheduler import PolyLRScheduler
 
 import schedule as schedule_file
 from compress import Compression
-from schedule import (RULES, Schedule, best_path, cosine,
-                      errors_over_progress, load_table, polynomial, ramp, revise, solve, warmup)
+from schedule import (RULES, Schedule, best_path, cosine, errors_over_progress, load_table,
+                      polynomial, ramp, revise, solve, warmup)
 
 P4, P8, DROPPED = Compression(4), Compression(8), Compression(8, 0.5)
 
@@ -112,7 +112,7 @@ def test_best_path_equals_brute_force(seed):
 
 
 def test_ca_mse_by_hand():
-    """(0.2 + 0.25 1) / 0.5 = 0.9, +- hypot(0.3, 0.25 1.6) / 0.5 = 1; a negative bias^2 counts as 0."""
+    """(0.2 + 0.25 1) / 0.5 = 0.9, +- hypot(0.3, 0.25 1.6) / 0.5 = 1. A negative bias^2 is 0."""
     row = dict(bias2=0.2, bias2_sem=0.3, variance=1, variance_sem=1.6, cost=0.25, norm2=0.5)
     assert RULES['ca-mse'](row) == pytest.approx((0.9, 1))
     assert RULES['ca-mse'](dict(row, bias2=-0.1))[0] == pytest.approx(0.5)
