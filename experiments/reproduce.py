@@ -8,6 +8,7 @@
 headline    MoCo-v3 uncompressed, under two constant strategies and relaxed half way, over budgets
 objectives  MoCo-v3, SimCLR and DINO, uncompressed and compressed
 schedules   when to relax the compression: never, in stages, by the drop rate alone, by auto
+solved      what schedule.py makes of the gradient errors on CIFAR-10, against constants
 decay       cosine and polynomial decay of the learning rate
 recipe      one setting at a time changed, for the uncompressed and a compressed run alike
 gpu         MoCo-v3 with ViT-Ti, uncompressed and compressed
@@ -84,6 +85,7 @@ MOCO_V3 = ('--lr', '1.5e-4', '--batch-size', '4096', '--hidden', '4096', '--warm
 SLIP = ('--lr', '2e-4', '--batch-size', '4096', '--hidden', '4096')
 DINO_V1 = ('--lr', '5e-4', '--batch-size', '1024', '--hidden', '2048', '--out-dim', '65536',
            '--local-crops', '8', '--local-size', '96', '--momentum', '0.996')
+SOLVED = 'p16-drop0.50@0,p16@0.1,p8-drop0.50@0.25'   # schedule.py on results/gradstats.jsonl
 RELAXED = 'p30-drop0.50@0,p30@0.5,p16@0.9'
 DYNAMIC = 'p8-drop0.50@0,p8@0.5'       # strong compression first, relaxed half way
 STAGES = (
@@ -94,7 +96,7 @@ STAGES = (
 STUDIES = dict(
     headline=Study(
         [Row('moco', schedule) for schedule in ('none', 'p8', 'p8-drop0.50', DYNAMIC)],
-        DATASETS, (0.08, 0.32, 1.28)),
+        DATASETS, (0.02, 0.04, 0.08, 0.32, 1.28)),
     objectives=Study(
         [Row(method, schedule)
          for method in ('moco', 'simclr', 'dino') for schedule in ('none', 'p8-drop0.50')],
@@ -102,6 +104,9 @@ STUDIES = dict(
     schedules=Study(
         [Row('moco', schedule) for schedule in ('none', 'p8', 'p8-drop0.50', *STAGES, 'auto')],
         ('shapes', 'fashion_mnist'), (0.08, 0.32, 1.28)),
+    solved=Study(
+        [Row('moco', schedule) for schedule in ('none', 'p8', 'p8-drop0.50', SOLVED)],
+        ('cifar10',), (0.32,)),
     decay=Study(
         [Row('moco', schedule, *decay)
          for schedule in ('none', 'p8-drop0.50') for decay in ((), POLYNOMIAL)],
