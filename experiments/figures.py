@@ -38,21 +38,22 @@ def draw_curve(axis, curve, name, look):
     axis.fill_between(units, low, high, color=look['color'], alpha=0.2, linewidth=0)
 
 
+def reached_at(curve, accuracy):
+    """(units at which a curve has an accuracy, '>' if its shortest run is better already)."""
+    units = crossing([(units, mean) for units, mean, _ in curve], accuracy)
+    return (curve[0][0], '> ') if units == -math.inf else (units, '')
+
+
 def draw_speed_up(axis, base, fast, color):
     """An arrow from the longest uncompressed run to where the other curve has its accuracy."""
     units, target, _ = base[-1]
-    reached = crossing([(x, y) for x, y, _ in fast], target)
+    reached, sign = reached_at(fast, target)
     if reached == math.inf:
         return
-    sign = ''
-    if reached == -math.inf:           # the shortest run is better already
-        reached = fast[0][0]
-        sign = '> '
     arrow = dict(arrowstyle='->', color=color, linestyle='--')
     axis.annotate('', (reached, target), (units, target), arrowprops=arrow)
-    middle = math.sqrt(reached * units)
-    axis.annotate(f'{sign}{units / reached:.1f} x less', (middle, target), xytext=(0, -11),
-                  textcoords='offset points', ha='center', color=color)
+    axis.annotate(f'{sign}{units / reached:.1f} x less', (reached, target), xytext=(4, -11),
+                  textcoords='offset points', color=color)
 
 
 def draw_panel(axis, records, dataset):
@@ -66,8 +67,8 @@ def draw_panel(axis, records, dataset):
             draw_curve(axis, curve, name, LOOKS[row.schedule])
     base = curves.pop('none', None)
     if base and curves:
-        # from the longest of the others, the best of these
-        best = max(curves, key=lambda schedule: curves[schedule][-1][:2])
+        # the one that needs least for the accuracy of the longest uncompressed run
+        best = min(curves, key=lambda name: reached_at(curves[name], base[-1][1]))
         draw_speed_up(axis, base, curves[best], LOOKS[best]['color'])
     axis.set(title=TITLES[dataset], xlabel='budget, million units')
 
