@@ -167,7 +167,8 @@ class MemoryImages(Images):
         order = torch.randperm(len(self), generator=keyed_generator('mean and std'))
         sample = self.images[order[:10_000]] / 255
         self.mean = tuple(sample.mean(dim=(0, 2, 3)).tolist())
-        self.std = tuple(sample.std(dim=(0, 2, 3)).tolist())
+        std = sample.std(dim=(0, 2, 3)).clamp(min=1 / 255)     # a channel may be empty
+        self.std = tuple(std.tolist())
         self.fingerprint = self.fingerprint or self.image_hash()
 
     def image_hash(self):
@@ -221,9 +222,11 @@ SHARED_MEMORY = 20 * 2 ** 20   # bytes
 TIMEOUT = 300                  # seconds without a piece
 
 
-def outlive_sigterm(worker):
-    """A scheduler sends SIGTERM to all processes; the main one finishes its step, with workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def outlive_signals(worker):
+    """They reach all processes of a job; the main one finishes its step, and needs its workers."""
+    for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def worker_error(error):
@@ -241,13 +244,13 @@ class FolderImages(Images):
 
     Classes are the first folders, if there are at least two. Of one tree with classes, a stratified
     tenth is scored; the network is pretrained on it too, without its labels. Unreadable images are
-    named, counted and replaced by the next; more than 1 % of them stop the run. say: prints a line.
+    named, counted and replaced by the next; more than one and 1 % stop the run. say: prints a line.
     """
     channels = 3
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
 
-    def __init__(self, root, say=print):
+    def __init__(self, root, say=tqdm.write):
         self.root = str(root)
         self.say = say
         self.unreadable = dict(train={}, test={})              # file: reason, of those met so far
@@ -258,10 +261,11 @@ class FolderImages(Images):
         found = list_images(self.root, left_out)
         folders = first_folders(found)
         train, test = find_splits(folders)
-        below = first_folders(found, f'{folders[0]}/') if len(folders) == 1 else []
-        if not train and any(map(split_of, below)):
-            raise ValueError(f'{ascii(self.root)} holds splits in its folder {ascii(folders[0])}; '
-                             f'set --data-root to that folder')
+        below = {name.split('/')[1]: name for name in found if name.count('/') > 1}
+        nested = [name for folder, name in below.items() if split_of(folder)]
+        if nested and not train:
+            raise ValueError(f'{ascii(self.root)} holds splits in its folder '
+                             f'{ascii(first_folder(nested[0]))}; set --data-root to that folder')
         base = f'{train}/' if train else ''
         self.files = [name for name in found if name.startswith(base)]
         self.test_files = [name for name in found if first_folder(name) == test]
@@ -307,9 +311,12 @@ class FolderImages(Images):
 
     @property
     def fingerprint(self):
-        # other data may have the same names, such as 0/1.png, but hardly files of the same sizes
-        file_sizes = map(os.path.getsize, self.some_paths(100))
-        return short_hash(*self.files, *file_sizes)
+        # other data may have the same names, such as 0/1.png, but hardly the same bytes
+        some = []
+        for path in self.some_paths(100):
+            with open(path, 'rb') as file:
+                some.append(file.read(20_000))
+        return short_hash(*self.files, *some)
 
     def shorter_side(self):
         """The median over about twenty images, in pixels."""
@@ -325,7 +332,7 @@ class FolderImages(Images):
                 known[name] = reason
                 self.say(f'unreadable image {len(known)} skipped: {ascii(name)}: {ascii(reason)}')
         total = len(self.files_of(split))
-        if len(known) > 0.01 * total:
+        if len(known) > max(1, 0.01 * total):
             raise ValueError(f'{len(known)} of {total} images cannot be read, over 1 %; replace or '
                              f'remove them, the last is {ascii(list(known)[-1])}')
 
@@ -345,7 +352,7 @@ class FolderImages(Images):
             decoder,
             batch_sampler=pieces,
             collate_fn=decoder.collate,
-            worker_init_fn=outlive_sigterm,
+            worker_init_fn=outlive_signals,
             num_workers=workers,
             prefetch_factor=PIECES_PER_WORKER if workers else None,
             timeout=TIMEOUT if workers else 0,
@@ -457,7 +464,7 @@ def in_memory_if_small(folder):
 
 # ---------------------------------------------------------------- loading
 
-def load(name, root='data', download=False, in_memory=True, say=print):
+def load(name, root='data', download=False, in_memory=True, say=tqdm.write):
     """A data set by name, as MemoryImages or FolderImages.
 
     Files are looked for in `root`; they are fetched if they are not there and download is allowed.

@@ -37,9 +37,9 @@ warnings.simplefilter('ignore', Image.DecompressionBombWarning)
 SIDE_FOLDERS = ('@eaDir', '#recycle', '$RECYCLE.BIN', '__MACOSX', 'lost+found')
 
 SPLITS = dict(
-    train=('train', 'training'),
-    val=('val', 'valid', 'validation', 'validate', 'dev', 'eval'),
-    test=('test', 'testing'))
+    train=('train', 'training', 'trainval', 'trn'),
+    val=('val', 'valid', 'validation', 'validate', 'dev', 'eval', 'holdout', 'minival'),
+    test=('test', 'testing', 'tst'))
 
 
 # ---------------------------------------------------------------- trees
@@ -93,7 +93,7 @@ def first_folders(names, base=''):
 
 def split_of(folder):
     """'train', 'val' or 'test' for names with such a word: 'Training', 'trainset', 'seg_train'."""
-    words = re.findall('[a-z]+', re.sub(r'(set|images|data)$', '', folder.lower()))
+    words = re.findall('[a-z]+', re.sub(r'(set|split|images|data)$', '', folder.lower()))
     for split, names in SPLITS.items():
         if not set(names).isdisjoint(words):
             return split
@@ -117,7 +117,9 @@ def find_splits(folders):
             raise ValueError(f'the folders {names} have no training images beside them; '
                              f'set --data-root to one of them, or rename one to train')
         return train, scored
-    if train and scored:
+    # such as trainA and testA
+    alike = all(re.match('train|test|val', folder.lower()) for folder in folders)
+    if train and scored or alike and len(folders) > 1:
         raise ValueError(f'the folders {names} may be classes or splits; move away what is '
                          f'no split, or rename the classes')
     return None, None
@@ -146,8 +148,9 @@ def to_rgb(image):
         image = image.point(lambda value: value * scale + 0.5)
         image = image.convert('L')
     image = image.convert('RGB')
-    if deep and max(high for _, high in image.getextrema()) <= 1:
-        raise ValueError('a 16-bit file without a value above 255; save 8-bit values in 8 bits')
+    if deep and max(high for _, high in image.getextrema()) <= 16:
+        raise ValueError('a 16-bit file without a value above 4095 does not say which value is '
+                         'white; save 8 bits, or use all 16')
     return image
 
 

@@ -138,7 +138,10 @@ def moco_cost(tau, patch_branch='both'):
 
 def read_lines(path):
     """The records of a file of JSON lines."""
-    lines = Path(path).read_text().splitlines()
+    text = Path(path).read_text()
+    lines = text.splitlines()
+    if len(lines) > 1 and not text.endswith('\n'):
+        lines.pop()                                   # still being written, or the disk was full
     try:
         return [json.loads(line) for line in lines]
     except ValueError:

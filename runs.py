@@ -51,7 +51,7 @@ def marks(every):
 
 def process_numbers():
     """(rank, number of processes) that torchrun gives; (0, 1) without it."""
-    world = int(os.environ.get('WORLD_SIZE', 1))
+    world = int(os.environ.get('WORLD_SIZE') or 1)
     if world == 1:
         tasks = int(os.environ.get('SLURM_STEP_NUM_TASKS', 1))
         if tasks > 1:
@@ -128,8 +128,12 @@ def load_checkpoint(folder):
     return checkpoint
 
 
-def forget_after(path, step):
-    """Cut off the lines of later steps, which a resumed run writes again, and a broken one."""
+def forget_after(path, state):
+    """Cut off the lines that a resumed run writes again, and a broken one.
+
+    Those are the lines of later steps, and the scores and measurements of this step whose mark of
+    progress the checkpoint had not seen.
+    """
     if not path.exists():
         return
     kept = 0
@@ -139,7 +143,8 @@ def forget_after(path, step):
                 line = json.loads(text)
             except ValueError:
                 break
-            if line['step'] > step:
+            again = 'loss' not in line and line['progress'] > state.seen
+            if line['step'] > state.step or again and line['step'] == state.step:
                 break
             kept += len(text)
         file.truncate(kept)
@@ -203,8 +208,8 @@ def restore(run, checkpoint):
         raise ValueError(f'the checkpoint does not fit the flags of this run: '
                          f'{" ".join(lines)}') from None
     if run.rank == 0:
-        forget_after(run.folder / 'log.jsonl', run.state.step)
-        forget_after(run.folder / 'gradstats.jsonl', run.state.step)
+        forget_after(run.folder / 'log.jsonl', run.state)
+        forget_after(run.folder / 'gradstats.jsonl', run.state)
 
 
 def reason(error):

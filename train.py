@@ -486,7 +486,7 @@ def load_once(args, rank, world):
     """The data set; with --download one process fetches it and the others wait."""
     if world > 1 and args.download and rank:
         dist.barrier()
-    say = functools.partial(print, flush=True) if rank == 0 else lambda line: None
+    say = tqdm.write if rank == 0 else lambda line: None
     data = load(args.dataset, args.data_root, args.download, not args.from_disk, say)
     if world > 1 and args.download and not rank:
         dist.barrier()
@@ -543,7 +543,6 @@ class Run:
     def say(self, text):
         if self.rank == 0:
             tqdm.write(text)
-            sys.stdout.flush()
 
     def write(self, line):
         if self.rank == 0:
@@ -769,6 +768,10 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
             save_run(run)
             break
 
+        # what comes now may take long, and a scheduler may not wait
+        if run.due([*auto_at, *score_at, *args.gradstats]):
+            save_run(run)
+
         # auto: once, half way, look how wrong each strategy is here, and go on with the best
         if run.due(auto_at):
             rows = measure_gradients(run, 0.5, probes, 'adam')
@@ -843,7 +846,7 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
         return exit_status(stopping)
     if run.rank == 0:
         pictures.curves_of_run(run.folder)
-    root = f' --data-root {shlex.quote(args.data_root)}' if args.dataset == 'folder' else ''
+    root = f' --data-root {shlex.quote(args.data_root)}' if args.data_root != 'data' else ''
     run.say(f'{state.step:,} steps, {state.samples:,} samples for {state.units:,.0f} units in '
             f'{state.seconds:.0f} s, {100 * state.seconds_data / state.seconds:.0f} % of them '
             f'waiting for data; python eval.py --weights {run.folder}/backbone.pt{root} '
@@ -852,7 +855,8 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
 
 
 def main(argv=None):
-    sys.stdout.reconfigure(errors='backslashreplace')  # names of files that a console cannot write
+    # names of files that a console cannot write; each line at once, also into a file
+    sys.stdout.reconfigure(errors='backslashreplace', line_buffering=True)
     status = 0
     try:
         args, checkpoint = parse_args(sys.argv[1:] if argv is None else argv)

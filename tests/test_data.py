@@ -299,7 +299,15 @@ def test_shrink_note_of_a_folder(folder):
     assert '50 px are shrunk 4.2 times to 12 px' in shrink_note(folder, side=12)
 
 
-def test_fingerprint_of_a_folder_follows_names_count_and_sizes(photos):
+def test_a_channel_that_is_empty_has_a_std(shapes):
+    """Images of one dye have an empty blue channel; divided by 0 it would be NaN."""
+    images = shapes.images.clone()
+    images[:, 2] = 0
+    dyed = MemoryImages(images, shapes.labels, images[:9], shapes.labels[:9], SHAPES)
+    assert dyed.mean[2] == 0 and dyed.std[2] == pytest.approx(1 / 255)
+
+
+def test_fingerprint_of_a_folder_follows_names_count_and_content(photos):
     def fingerprint():
         return load('folder', photos).fingerprint
 
@@ -309,10 +317,12 @@ def test_fingerprint_of_a_folder_follows_names_count_and_sizes(photos):
     found.append(fingerprint())
     (cats / 'renamed.jpg').unlink()
     found.append(fingerprint())
-    (cats / '001.jpg').write_bytes(b'other')
-    found.append(fingerprint())
+    size = (cats / '001.jpg').stat().st_size
+    for content in (b'other', size * b'0', size * b'1'):
+        (cats / '001.jpg').write_bytes(content)
+        found.append(fingerprint())
     assert found[0] == found[1]
-    assert len(set(found)) == 4
+    assert len(set(found)) == 6
 
 
 # ---- damaged files and dead workers

@@ -85,7 +85,7 @@ def test_listing_equals_image_folder_and_takes_at_most_twice_its_time(tmp_path):
 
 
 @pytest.mark.parametrize('split, folders', (
-    ('train', 'train Training TRAIN train_set seg_train'),
+    ('train', 'train Training TRAIN train_set seg_train trainval TrainSplit trn'),
     ('val', 'val Valid validation val-images'),
     ('test', 'test Testing testset test_set'),
     (None, 'trains contest cat set')))
@@ -106,6 +106,7 @@ def test_splits_stand_beside_each_other(folders, expected):
 
 @pytest.mark.parametrize('folders, message', (
     ('test val', "'test', 'val' have no training images beside them; set --data-root"),
+    ('testA testB trainA trainB', 'may be classes or splits; move away'),
     ('extra test train', "'extra', 'test', 'train' may be classes or splits; move away")))
 def test_splits_that_cannot_be_told_are_asked_for(folders, message):
     with pytest.raises(ValueError, match=message):
@@ -125,8 +126,8 @@ NO_WHITE = '32-bit pixels do not say which value is white'
     (257 * RAMP, 'png', None),
     (257 * RAMP, 'tif', None),
     (257 * RAMP, 'pgm', None),
-    (RAMP, 'png', 'without a value above 255'),
-    (RAMP, 'tif', 'without a value above 255'),
+    (RAMP, 'png', 'without a value above 4095'),
+    (RAMP, 'tif', 'without a value above 4095'),
     (RAMP / np.float32(255), 'tif', NO_WHITE),
     (RAMP.astype(np.int32), 'tif', NO_WHITE)))
 def test_pixels_are_scaled_to_8_bits_or_refused(tmp_path, pixels, extension, reason):
@@ -165,7 +166,7 @@ def test_16_bit_colours(tmp_path):
     save_deep_colour(path, 257 * RAMP)
     assert np.array_equal(np.asarray(read_image(path)[0])[:, :, 1], RAMP)
     save_deep_colour(path, RAMP)
-    assert 'without a value above 255' in read_image(path)[1]
+    assert 'without a value above 4095' in read_image(path)[1]
 
 
 @pytest.mark.parametrize('mode', ('1', 'L', 'P', 'LA', 'RGBA', 'CMYK', 'YCbCr'))

@@ -1,5 +1,6 @@
 """The life of a run: how it stops and goes on, what it refuses, what it says."""
 import errno
+import gc
 import math
 import os
 import shutil
@@ -114,6 +115,30 @@ def test_a_crash_repeats_no_line(run):
         file.write('{"step": 7, "lo')
     run('--resume', folder, small=False)
     assert_same_run(runs / 'whole', folder)
+
+
+def test_a_run_that_is_killed_in_a_score_makes_it_again(run, monkeypatch):
+    """The checkpoint from just before it is there. The line of the score is written at its end."""
+    flags = [*LONG, '--eval-every', '0.25', '--name']
+    runs = run(*flags, 'whole')
+    score = train.score
+
+    def killed(state_of_run):
+        score(state_of_run)
+        if state_of_run.state.step:
+            sys.exit('killed')
+    monkeypatch.setattr(train, 'score', killed)
+    fails_with = pytest.raises(SystemExit, match='killed')
+    with fails_with as stop:
+        run(*flags, 'killed')
+    del stop, fails_with
+    gc.collect()                                      # closes the log, which is the run's lock
+    monkeypatch.setattr(train, 'score', score)
+    assert 'knn' in log_of(runs / 'killed')[-1]
+    saved = read(runs / 'killed' / 'checkpoint.pt')['state']
+    assert saved['step'] == steps_of(runs / 'killed')[-1]['step'] and saved['seen'] < 0.25
+    run('--resume', runs / 'killed', small=False)
+    assert_same_run(runs / 'whole', runs / 'killed')
 
 
 def test_the_second_process_on_one_run_stops(run, capsys):
