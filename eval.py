@@ -171,6 +171,9 @@ def knn_predict(queries, bank, bank_labels, classes, k=20, temperature=TEMPERATU
 
     A neighbour's vote is exp(cosine / temperature). `chunk` bounds the memory: chunk * m cosines.
     """
+    if not 1 <= k <= len(bank) or not temperature > 0:
+        raise ValueError(f'k {k} must be from 1 to the {len(bank)} images of the bank, and the '
+                         f'temperature {temperature} above 0')
     bank = F.normalize(bank, dim=1)
     predictions = []
     for part in F.normalize(queries, dim=1).split(chunk):

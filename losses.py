@@ -204,6 +204,12 @@ def ema_update(teacher, student, momentum):
         slow.lerp_(fast, 1 - momentum)
 
 
+def check_branches(*branches):
+    for branch in branches:
+        if branch not in ('query', 'both'):
+            raise ValueError(f"branch '{branch}' is not one of query, both")
+
+
 def key_compression(method, patch_size, drop_rate):
     """(patch size, drop rate) of the key branch; patch size None is the encoder's own."""
     key_patch = patch_size if method.patch_branch == 'both' else None
@@ -230,6 +236,7 @@ class MoCo(nn.Module):
     def __init__(self, encoder, hidden=4096, out_dim=256, temperature=0.2, symmetric=False,
                  drop_branch='query', patch_branch='both'):
         super().__init__()
+        check_branches(drop_branch, patch_branch)
         widths = (encoder.embed_dim, hidden, hidden, out_dim)
         self.student = encoder
         self.projector = mlp_head(widths, bias=False, last_norm=True)
@@ -304,6 +311,7 @@ class SimCLR(nn.Module):
     def __init__(self, encoder, hidden=4096, out_dim=256, temperature=0.1, drop_branch='query',
                  patch_branch='both'):
         super().__init__()
+        check_branches(drop_branch, patch_branch)
         self.widths = (encoder.embed_dim, hidden, hidden, out_dim)
         self.student = encoder
         self.projector = mlp_head(self.widths, bias=True, last_norm=False)
@@ -354,6 +362,7 @@ class DINO(nn.Module):
                  teacher_temp=(0.04, 0.07), student_temp=0.1, drop_branch='query',
                  patch_branch='both', local_crops=0):
         super().__init__()
+        check_branches(drop_branch, patch_branch)
         self.widths = (encoder.embed_dim, hidden, hidden, bottleneck, out_dim)
         self.student = encoder
         self.student_head = DINOHead(encoder.embed_dim, hidden, bottleneck, out_dim)

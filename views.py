@@ -68,6 +68,10 @@ class View:
     solarize_p: float = 0.0
     blur_sigma: tuple = (0.1, 2.0)        # range, in pixels of the view
 
+    def __post_init__(self):
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f'crops of {self.scale} of the area are outside (0, 1]')
+
     def at(self, side):
         """The same view at another resolution: the blur covers the same part of the image."""
         zoom = side / self.side

@@ -55,6 +55,8 @@ def test_knn_equals_lightlys(k):
     bank, labels = clusters(2000, 0)
     queries, truth = clusters(500, 1)
     ours = knn_predict(queries, bank, labels, 10, k)
+    with pytest.raises(ValueError, match=f'k 0 must be from 1 to the {len(bank)} images'):
+        knn_predict(queries, bank, labels, 10, 0)
     their_bank = F.normalize(bank, dim=1).T
     theirs = lightly_knn(F.normalize(queries, dim=1), their_bank, labels, 10, k, 0.07)[:, 0]
     assert torch.equal(ours, theirs)

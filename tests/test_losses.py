@@ -18,7 +18,8 @@ from torch._subclasses import FakeTensorMode
 
 import compress
 from gradstats import unchanged
-from losses import DINOHead, dino_loss, ema_update, info_nce, mlp_head, monitors, nt_xent
+from losses import (DINOHead, check_branches, dino_loss, ema_update, info_nce, mlp_head, monitors,
+                    nt_xent)
 
 ONE = torch.ones(4, 8)
 EYE = torch.eye(8, dtype=torch.float64)
@@ -396,6 +397,7 @@ def update(name, momentum):
 
 @pytest.mark.parametrize('function, arguments, message', [
     (info_nce, (ONE, ONE, 0), 'temperature 0 must be above 0'),
+    (check_branches, ('query', 'key'), "branch 'key' is not one of query, both"),
     (info_nce, (ONE, ONE, math.nan), 'temperature nan'),
     (info_nce, (ONE, ONE[:3]), r'shapes \(4, 8\) and \(3, 8\)'),
     (nt_xent, (ONE, ONE, -0.1), 'temperature -0.1'),

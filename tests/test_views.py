@@ -337,6 +337,9 @@ def test_bad_images_are_refused(images, message):
         make_views(images, [PLAIN, PLAIN], keyed_generator(0))
 
 
-def test_unknown_method_is_refused():
+def test_unknown_recipes_are_refused():
     with pytest.raises(ValueError, match="'byol' is not one of moco, simclr, dino"):
         recipe('byol', 32)
+    for scale in ((0, 1), (0.2, 30), (1, 0.2)):
+        with pytest.raises(ValueError, match=r'of the area are outside \(0, 1\]'):
+            View(32, scale=scale)
