@@ -52,8 +52,8 @@ class Compression:
     @classmethod
     def parse(cls, text):
         """The inverse of str(): 'p24' or 'p24-drop0.50'."""
-        name, _, rate = text.strip().partition('-drop')
-        if not re.fullmatch(r'p\d+', name) or (rate and not re.fullmatch(r'[\d.e-]+', rate)):
+        name, dropped, rate = text.strip().partition('-drop')
+        if not re.fullmatch(r'p\d+', name) or (dropped and not re.fullmatch(r'[\d.e-]+', rate)):
             raise ValueError(f"'{text}' is not a compression; write p24 or p24-drop0.50")
         try:
             return cls(int(name[1:]), float(rate or 0))

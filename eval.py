@@ -329,7 +329,7 @@ def training_batches(data, ids, setting, recipe, seed):
 def finetune(encoder, data, ids, setting, recipe, seed=0):
     """(Classifier, mean loss of each epoch): a copy of the encoder, trained on the images `ids`.
 
-    All weights train, even a patch projection or position table that pretraining kept fixed.
+    All weights train, even a patch projection that pretraining kept fixed.
     """
     recipe = replace(recipe, batch_size=min(recipe.batch_size, len(ids)))
     encoder = copy.deepcopy(encoder).requires_grad_(True)

@@ -11,7 +11,8 @@ and, ours, how far it still points the right way:
     cosine(tau)   = <E g_tau0, E g_tau> / (|| E g_tau0 || || E g_tau ||)
     slope(tau)    = <E g_tau0, P E g_tau>,  P = 1 / sqrt(E g_tau^2) per coordinate
 
-slope is how fast the wanted loss falls along the step of Adam trained under tau alone.
+slope is how fast the uncompressed loss falls along the step of Adam trained under tau alone. Its P
+comes from the same batches, so it is unbiased only in the limit of many.
 
 All of these are made of products <E a, E b>. The naive product of two means over n batches is
 biased by the noise that they share: || mean d ||^2 adds Var(d) / n, most of what it reports late
@@ -45,7 +46,7 @@ import torch
 
 @dataclass(frozen=True)
 class GradStats:
-    """Estimates with their standard errors, in squared units of the gradient (cosine: none).
+    """Estimates with their standard errors, in squared units of the gradient (cosine 0, slope 1).
 
     mse = E || g_tau - E g_tau0 ||^2 = bias2 + variance. norm2 = || E g_tau0 ||^2, for scale.
     mean2 = || E g_tau ||^2. inner = <E g_tau0, E g_tau>. slope0 is the slope of tau0.

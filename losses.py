@@ -77,7 +77,7 @@ def gather(x):
 
 
 def mean_over_ranks(x):
-    """The mean of a tensor over all processes, as a new tensor."""
+    """The mean of a tensor over all processes. The tensor itself stays as it is."""
     if world_size() == 1:
         return x
     total = x.clone()

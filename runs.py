@@ -72,11 +72,18 @@ def join_processes(device):
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
 
 
+STOPS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1')
+         if hasattr(signal, name)]                       # Windows has no SIGUSR1
+
+
 def agree(loss, stop_number):
-    """(mean loss, signal to stop) over all processes, so that they stop at the same step."""
-    signalled = loss.new_tensor([stop_number, float(stop_number > 0)])
-    loss, number, share = mean_over_ranks(torch.cat([loss.detach()[None], signalled])).tolist()
-    return loss, round(number / share) if share else 0
+    """(mean loss, signal to stop) over all processes, so that they stop at the same step.
+
+    If they have different signals, the first of STOPS counts.
+    """
+    signals = loss.new_tensor([float(stop_number == number) for number in STOPS])
+    loss, *shares = mean_over_ranks(torch.cat([loss.detach()[None], signals])).tolist()
+    return loss, next((number for number, share in zip(STOPS, shares) if share), 0)
 
 
 class StopSignal:
@@ -90,9 +97,8 @@ class StopSignal:
         self.number = 0
         self.received_at = 0.0
         self.agent = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
-        for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self.receive)
+        for number in STOPS:
+            signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         if not self.number:
@@ -267,7 +273,9 @@ def collapse_warning(metrics, outputs):
     if metrics['feature_spread'] < 0.01:
         return ('all images have nearly the same feature (spread below 0.01): collapsed. '
                 'Lower --lr, lengthen --warmup, or --freeze-patch-embed')
-    entropy = metrics.get('teacher_entropy', 1.0)
+    if 'teacher_entropy' not in metrics:                 # of DINO alone
+        return None
+    entropy = metrics['teacher_entropy']
     if entropy > 0.999 * math.log(outputs):
         return "the teacher's outputs are uniform: collapsed. Lower --lr, or raise --momentum"
     if entropy < 0.01:
@@ -276,7 +284,8 @@ def collapse_warning(metrics, outputs):
 
 
 def waiting_warning(state, relative_cost):
-    """Does waiting for data cost more than the compression saves? The numbers if so, or None."""
+    """Does waiting take a fifth of the time, or more than the compression saves? The numbers if so.
+    """
     waiting = 1000 * state.seconds_data / state.step
     working = 1000 * state.seconds / state.step - waiting
     saved = working / relative_cost - working

@@ -106,7 +106,7 @@ class Schedule:
 # ---------------------------------------------------------------- gradient errors -> schedule
 
 def ca_mse(row):
-    """(value, standard error): the paper's criterion, as a fraction of the true squared norm.
+    """(value, standard error): the paper's criterion as we read it, relative to the true norm^2.
 
     A negative estimate of bias^2 means that no bias could be seen: it counts as 0.
     """

@@ -180,7 +180,7 @@ def build_parser():
     group.add_argument('--schedule', type=schedule_text, default='default',
                        help='none, a strategy (p8-drop0.50), stages (p8@0,p4@0.7), default (twice '
                             'the patch size, half of the tokens), or auto: begin with the default, '
-                            'measure half way, go on with the best')
+                            'measure half way, leave it only for one that is clearly better')
     group.add_argument('--drop-branch', default='query', choices=('query', 'both'),
                        help='who drops tokens: query, student or first view alone, or both')
     group.add_argument('--patch-branch', default='both', choices=('query', 'both'),
@@ -808,7 +808,7 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
             group['lr'] = lr
             group['weight_decay'] = weight_decay if group['decays'] else 0.0
 
-        # the loss: the query sees few tokens, the key all of them
+        # the loss: the query sees few tokens, the key by default all of them
         start = time.perf_counter()
         images = next(batches)
         state.seconds_data += time.perf_counter() - start

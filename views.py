@@ -369,7 +369,7 @@ def draw(b, h, w, view, generator, device):
     ]
     factors = torch.stack(factors, dim=1)                    # b 3 1 1 1
 
-    # a random order of four is one of the first three, and a random place of the hue in it
+    # a random order of four: the first three are shuffled, the hue is put in at a random place
     order = [draws(), draws(), draws()]
     operations = torch.stack(order, dim=1).argsort(dim=1)
     return dict(

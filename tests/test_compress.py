@@ -204,6 +204,7 @@ def test_cost_of_dino_by_hand():
 
 
 @pytest.mark.parametrize('function, arguments, message', [
+    (Compression.parse, ['p8-drop'], "'p8-drop' is not a compression"),
     (Compression.parse, [''], "'' is not a compression; write p24 or p24-drop0.50"),
     (Compression.parse, ['p2.5'], "'p2.5' is not"),
     (Compression.parse, ['p24-0.5'], "'p24-0.5' is not"),

@@ -249,6 +249,7 @@ def test_collapse_is_said_in_plain_words(metrics, outputs, message):
 
 def test_no_warning_where_nothing_is_wrong():
     assert rooms.collapse_warning(dict(feature_spread=0.5, teacher_entropy=3.0), 512) is None
+    assert rooms.collapse_warning(dict(feature_spread=0.5), 2) is None       # MoCo has no entropy
     state = rooms.State('p8', step=100, seconds=10.0, seconds_data=0.1)
     assert rooms.waiting_warning(state, 0.25) is None
 
