@@ -12,6 +12,9 @@ spends c(tau) units (compress.sample_cost). An uncompressed sample of MoCo-v3
 spends 4: query forward 1 and backward 2, key forward 1. The run ends when the
 budget is spent, and every schedule (learning rate, momentum, weight decay,
 teacher temperature, compression) runs on progress = spent / budget.
+
+SIGTERM, SIGINT and SIGUSR1 finish the step, save, and end the run with the exit
+status 143, 130 and 0; a second signal ends it at once.
 """
 import dataclasses
 import functools
