@@ -261,11 +261,17 @@ class FolderImages(Images):
         found = list_images(self.root, left_out)
         folders = first_folders(found)
         train, test = find_splits(folders)
-        below = {name.split('/')[1]: name for name in found if name.count('/') > 1}
-        nested = [name for folder, name in below.items() if split_of(folder)]
-        if nested and not train:
-            raise ValueError(f'{ascii(self.root)} holds splits in its folder '
-                             f'{ascii(first_folder(nested[0]))}; set --data-root to that folder')
+        below = {folder: set() for folder in folders}
+        for name in found:
+            folder, _, rest = name.partition('/')
+            if rest:
+                below[folder].add(first_folder(rest))
+        for folder, names in below.items():
+            splits = {split_of(name) for name in names} - {None}
+            # one may be the name of a class, such as train_station
+            if not train and (len(splits) > 1 or splits and len(folders) == 1):
+                raise ValueError(f'{ascii(self.root)} holds splits in its folder {ascii(folder)}; '
+                                 f'set --data-root to that folder')
         base = f'{train}/' if train else ''
         self.files = [name for name in found if name.startswith(base)]
         self.test_files = [name for name in found if first_folder(name) == test]

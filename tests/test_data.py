@@ -228,6 +228,21 @@ def test_a_folder_with_splits(photos, capsys):
     assert "15 images to score, in 'val'; left out: 4 outside of the splits" in said
 
 
+@pytest.mark.parametrize('folders, inside', (
+    (('imgs/train/cat', 'imgs/train/dog'), 'imgs'),
+    (('bottle/test/good', 'bottle/train/good', 'cable/train/good'), 'bottle'),
+))
+def test_splits_further_below_are_no_classes(tmp_path, folders, inside):
+    save_images(tmp_path, folders, 2)
+    with pytest.raises(ValueError, match=f"holds splits in its folder '{inside}'; set --data-root"):
+        load('folder', tmp_path)
+
+
+def test_a_class_below_may_be_called_train(tmp_path):
+    save_images(tmp_path, ('a/abbey', 't/tower', 't/train_station'), 4)
+    assert load('folder', tmp_path).classes == ('a', 't')
+
+
 def test_a_folder_without_splits_holds_a_stratified_tenth_out(photos):
     folder = load('folder', photos / 'train')
     assert len(folder) == len(folder.ids('train')) == 120
