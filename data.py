@@ -38,8 +38,8 @@ from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from files import EXTENSIONS, find_splits, first_folder, first_folders, list_images, split_of
-from files import Decoder, center_crop, image_size, random_crops, read_image
+from files import EXTENSIONS, Decoder, center_crop, find_splits, first_folder, first_folders
+from files import folder_with_splits, image_size, list_images, random_crops, read_image
 from shapes import SHAPES, render_shapes
 from views import IMAGENET_MEAN, IMAGENET_STD, keyed_generator, make_views, resize
 
@@ -222,11 +222,15 @@ SHARED_MEMORY = 20 * 2 ** 20   # bytes
 TIMEOUT = 300                  # seconds without a piece
 
 
+# A run finishes its step on these, and stops.
+STOPS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1')
+         if hasattr(signal, name)]                             # Windows has no SIGUSR1
+
+
 def outlive_signals(worker):
     """They reach all processes of a job; the main one finishes its step, and needs its workers."""
-    for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def worker_error(error):
@@ -261,17 +265,10 @@ class FolderImages(Images):
         found = list_images(self.root, left_out)
         folders = first_folders(found)
         train, test = find_splits(folders)
-        below = {folder: set() for folder in folders}
-        for name in found:
-            folder, _, rest = name.partition('/')
-            if rest:
-                below[folder].add(first_folder(rest))
-        for folder, names in below.items():
-            splits = {split_of(name) for name in names} - {None}
-            # one may be the name of a class, such as train_station
-            if not train and (len(splits) > 1 or splits and len(folders) == 1):
-                raise ValueError(f'{ascii(self.root)} holds splits in its folder {ascii(folder)}; '
-                                 f'set --data-root to that folder')
+        nested = None if train else folder_with_splits(found)
+        if nested:
+            raise ValueError(f'{ascii(self.root)} holds splits in its folder {ascii(nested)}; '
+                             f'set --data-root to that folder')
         base = f'{train}/' if train else ''
         self.files = [name for name in found if name.startswith(base)]
         self.test_files = [name for name in found if first_folder(name) == test]

@@ -125,6 +125,21 @@ def find_splits(folders):
     return None, None
 
 
+def folder_with_splits(names):
+    """The first folder of a tree that holds splits in its turn, or None."""
+    below = {}
+    for name in names:
+        folder, _, rest = name.partition('/')
+        if rest:
+            below.setdefault(folder, set()).add(first_folder(rest))
+    for folder, inner in below.items():
+        splits = {split_of(name) for name in inner} - {None}
+        # beside other folders, one may be the name of a class, such as train_station
+        if len(splits) > 1 or splits and len(below) == 1:
+            return folder
+    return None
+
+
 # ---------------------------------------------------------------- pixels
 
 def is_deep(image):

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import worker_error
+from data import STOPS, worker_error
 from losses import mean_over_ranks
 from weights import read
 
@@ -70,10 +70,6 @@ def join_processes(device):
     # of gloo would outlive the group and could abort the process at exit (seen with torch 2.15).
     import torch._dynamo  # noqa: F401
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-
-
-STOPS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1')
-         if hasattr(signal, name)]                       # Windows has no SIGUSR1
 
 
 def agree(loss, stop_number):
@@ -150,7 +146,7 @@ def forget_after(path, state):
             except ValueError:
                 break
             again = 'loss' not in line and line['progress'] > state.seen
-            if line['step'] > state.step or again and line['step'] == state.step:
+            if line['step'] > state.step or again:
                 break
             kept += len(text)
         file.truncate(kept)

@@ -273,7 +273,7 @@ def parse_args(argv):
     if known.name and known.resume is not None and Path(known.resume).name != known.name:
         raise ValueError(f'--resume {known.resume} goes on in its own folder; leave out --name')
     if args.name and checkpoint is None and not args.dry_run:
-        folder = Path('runs') / args.name
+        folder = new_folder(args)
         if (folder / 'checkpoint.pt').exists():
             raise FileExistsError(f'{folder} exists; choose another --name, or --resume {folder}')
     given = {word.partition('=')[0] for word in argv}

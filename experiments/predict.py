@@ -37,21 +37,19 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import pictures  # noqa: E402
-import train  # noqa: E402
-from commandline import Parser, count, count_or_zero, fail, positive  # noqa: E402
-from data import load  # noqa: E402
-from eval import knn_accuracy  # noqa: E402
-from gradstats import adam_scale, flat_gradient, gradient_stats, unchanged  # noqa: E402
-from losses import info_nce  # noqa: E402
-from schedule import RULES, Schedule  # noqa: E402
-from views import keyed_generator, make_views, normalize, recipe  # noqa: E402
+from tables import ROOT, markdown
+import pictures
+import train
+from commandline import Parser, count, count_or_zero, fail, positive
+from data import load
+from eval import knn_accuracy
+from gradstats import adam_scale, flat_gradient, gradient_stats, unchanged
+from losses import info_nce
+from schedule import RULES, Schedule
+from views import keyed_generator, make_views, normalize, recipe
 
 STRATEGIES = ('p4', 'p4-drop0.50', 'p8', 'p8-drop0.50', 'p8-drop0.75', 'p16')
 SOURCES = ('p4', 'p8-drop0.50')
@@ -275,8 +273,7 @@ class State:
 def read_states():
     """All states whose lines are complete."""
     states = {}
-    for text in LINES.read_text().splitlines():
-        line = json.loads(text)
+    for line in pictures.read_lines(LINES):
         names = ('dataset', 'variant', 'source', 'seed', 'point', 'budget')
         state = State(*[line[name] for name in names], lines={})
         states.setdefault(state.key, state)
@@ -435,11 +432,6 @@ def cell(values, digits=2):
     if len(values) > 1:
         text += f' +- {statistics.stdev(values):.{digits}f}'
     return text
-
-
-def markdown(head, rows):
-    lines = [head, ['---'] * len(head), *rows]
-    return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
 
 
 def duel(verdicts, constant):

@@ -3,13 +3,11 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / 'experiments'))
-import figures  # noqa: E402
-import reproduce  # noqa: E402
-import tables  # noqa: E402
-import train  # noqa: E402
+import figures
+import reproduce
+import tables
+import train
 
 DYNAMIC = reproduce.DYNAMIC
 INF = float('inf')

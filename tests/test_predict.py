@@ -1,13 +1,11 @@
 """experiments/predict.py: the comparison on made-up states, and one tiny state from end to end."""
 import json
-import sys
 from itertools import product
 
 import pytest
-from conftest import ROOT, fails
+from conftest import fails
 
-sys.path.insert(0, str(ROOT / 'experiments'))
-import predict  # noqa: E402
+import predict
 
 STRATEGIES = predict.STRATEGIES
 
