@@ -20,6 +20,7 @@ Shapes: b batch, n images, c channels, h w image, s side of a view. Images are u
     for images in data.batches(keys, views, seed=0, device='cpu'):
         view1, view2 = make_views(images, views, generator)
 """
+import contextlib
 import hashlib
 import itertools
 import math
@@ -233,6 +234,14 @@ def outlive_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+def kill_workers():
+    """One that hangs would outlive us. PyTorch raises once for each that dies: here, not later."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        with contextlib.suppress(RuntimeError):
+            worker.join()
+
+
 def worker_error(error):
     """The error of a loader worker that was killed, hangs or raised: one line, with the remedy.
 
@@ -373,8 +382,7 @@ class FolderImages(Images):
                 except (RuntimeError, OSError, ValueError) as error:
                     if not workers:
                         raise
-                    for worker in multiprocessing.active_children():
-                        worker.kill()                          # one that hangs would outlive us
+                    kill_workers()
                     raise worker_error(error) from None
                 for files in unreadable:
                     self.report(split, files)

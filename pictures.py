@@ -137,15 +137,20 @@ def moco_cost(tau, patch_branch='both'):
 
 
 def read_lines(path):
-    """The records of a file of JSON lines."""
-    text = Path(path).read_text()
-    lines = text.splitlines()
-    if len(lines) > 1 and not text.endswith('\n'):
-        lines.pop()                                   # still being written, or the disk was full
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError:
-        raise ValueError(f'{quoted(path)} is not a file of JSON lines') from None
+    """The records of a file of JSON lines, without a broken one at the end.
+
+    It is still being written, or the disk was full.
+    """
+    records = []
+    lines = Path(path).read_text().splitlines(keepends=True)
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if records and not line.endswith('\n'):
+                break
+            raise ValueError(f'{quoted(path)} is not a file of JSON lines') from None
+    return records
 
 
 # ---------------------------------------------------------------- compression

@@ -113,6 +113,16 @@ def test_images_without_labels_are_asked_about_each_other():
     assert sorted(torch.cat([asked, among]).tolist()) == list(range(100))
 
 
+def test_a_broken_last_line_is_still_being_written(tmp_path):
+    log = tmp_path / 'log.jsonl'
+    for end in ('', '\n', '\n{"st'):
+        log.write_text('{"step": 1}\n{"step": 2}' + end)
+        assert pictures.read_lines(log) == [dict(step=1), dict(step=2)]
+    log.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match='is not a file of JSON lines'):
+        pictures.read_lines(log)
+
+
 @pytest.mark.parametrize('words, message', [
     ('curves NOWHERE', 'no log at'),
     ('curves EMPTY', 'not a file of JSON lines'),
