@@ -75,9 +75,11 @@ def pick_device(name):
     if name != 'cuda':
         return torch.device(name)
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(f'process {local_rank} of this machine has no GPU, there are '
-                         f'{torch.cuda.device_count()}; lower --nproc_per_node')
+    processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    gpus = torch.cuda.device_count()
+    if processes > gpus:               # also those that have one: they would wait for the others
+        raise ValueError(f'{processes} processes on this machine, but {gpus} GPU(s); lower '
+                         f'--nproc_per_node')
     torch.cuda.set_device(local_rank)
     return torch.device('cuda', local_rank)
 
@@ -100,13 +102,15 @@ def note(line):
 def fail(line, status=1):
     """End this process with a last line.
 
-    Until the processes of torchrun have joined they all meet the same error, and the first one
-    says it.
+    Until the processes of torchrun have joined, those of one machine meet the same error, and the
+    first of them says it.
     """
-    alone = int(os.environ.get('WORLD_SIZE', 1)) == 1
-    rank = 0 if alone else int(os.environ.get('RANK', 0))
+    rank = first = 0
+    if int(os.environ.get('WORLD_SIZE') or 1) > 1:
+        rank = int(os.environ.get('RANK', 0))
+        first = rank - int(os.environ.get('LOCAL_RANK', rank))
     joined = dist.is_available() and dist.is_initialized()
-    if rank == 0 or joined:
+    if rank == first or joined:
         process = f'  [process {rank}]' if rank else ''
         print(f'{line}{process}', file=sys.stderr, flush=True)
     sys.exit(status)

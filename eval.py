@@ -386,8 +386,6 @@ def parse_args():
                        help='default: the one that the weights were trained on')
     group.add_argument('--data-root', default='data', help='folder of the data set')
     group.add_argument('--download', action='store_true', help='fetch the data set if it is absent')
-    group.add_argument('--limit', type=count,
-                       help='use this many training images, with all classes in proportion')
     group.add_argument('--img-size', type=size, help='in pixels (default: as in training)')
     group.add_argument('--workers', type=count_or_zero, default=4,
                        help='processes that decode the images of a folder')
@@ -396,6 +394,8 @@ def parse_args():
     group.add_argument('--protocol', nargs='+', choices=('nn', 'knn', 'linear', 'finetune'),
                        metavar='NAME',
                        help='nn, knn, linear, finetune (default: nn knn; none with --export)')
+    group.add_argument('--limit', type=count,
+                       help='score with this many training images, all classes in proportion')
     group.add_argument('--patch-size', type=size, nargs='+', help='(default: as in training)')
     group.add_argument('--k', type=count, nargs='+', default=[20], help='neighbours that vote')
     group.add_argument('--probe-epochs', type=count, default=Probe.epochs, help='of linear')
@@ -419,6 +419,8 @@ def parse_args():
     args = parser.parse_args()
     if args.protocol is None:
         args.protocol = [] if args.export else ['nn', 'knn']
+    if args.limit and not args.protocol:
+        raise ValueError('--limit is for the scores, --export writes all images; leave it out')
     return args
 
 
@@ -601,7 +603,7 @@ def main():
         passes = [dict(view=0, patch_size=setting.patch_size)]
         common.update(
             described(setting),
-            tokens=tokens_of(setting.img_size, setting.patch_size),
+            tokens=1 + tokens_of(setting.img_size, setting.patch_size),    # the class token too
             cost=sample_cost(passes, [setting.img_size], info['config']),
         )
         rows.append([])

@@ -411,6 +411,7 @@ def announce(args, plan):
            f'{config["depth"]}, {config["num_heads"]} heads, patch size {args.patch_size}')
     yield (f'memory    {(16 * trained + 4 * still) / 2 ** 30:.2f} GiB of weights, gradients and '
            f'optimizer; activations come on top')
+    # with the class token, as the paper counts
     yield 'strategy        query tokens  key tokens  view, px   units/sample'
     for tau in sorted(plan.cost, key=plan.cost.get, reverse=True):
         key = key_strategy(plan, tau)
@@ -665,7 +666,7 @@ def log(run, loss, metrics, tau, curves):
     run.write(dict(step=state.step, progress=run.progress, units=state.units,
                    samples=state.samples, loss=loss, **curves, query=str(tau),
                    key=str(key_strategy(run.plan, tau)),
-                   tokens=tokens_of(args.img_size, tau.patch_size, tau.drop_rate),
+                   tokens=1 + tokens_of(args.img_size, tau.patch_size, tau.drop_rate),
                    seconds=state.seconds, seconds_data=state.seconds_data, **metrics))
     if state.step >= 50:
         relative_cost = run.plan.cost[tau] / run.plan.cost[run.plan.base]

@@ -1,9 +1,10 @@
-"""Speed tables: views, training steps under each strategy, the encoder against timm.
+"""Speed tables: views, training steps by strategy, the encoder against timm.
 
-    python experiments/bench.py                       # all tables, about 6 minutes on 2 cores
+    python experiments/bench.py              # all, about 6 minutes on 2 cores
     python experiments/bench.py views step
 
-What is compared runs in turns in one process. The numbers are medians, the ratios those of medians.
+What is compared runs in turns in one process. The numbers are medians, the
+ratios those of medians.
 """
 import argparse
 import statistics

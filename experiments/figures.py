@@ -1,9 +1,10 @@
 """The figures of the README, from experiments/results/runs.jsonl.
 
-    python experiments/figures.py headline     # accuracy over budget on three data sets
-    python experiments/figures.py decay        # the two decays of the learning rate
+    python experiments/figures.py headline   # accuracy over budget
+    python experiments/figures.py decay      # two decays of the learning rate
 
-Each is written to experiments/results/NAME.png, or to what -o says. pictures.py draws single runs.
+Each is written to experiments/results/NAME.png, or to what -o says. pictures.py
+draws single runs.
 """
 import math
 import statistics

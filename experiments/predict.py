@@ -1,26 +1,31 @@
-"""Does a look at a state of training foretell which strategy trains best from there?
+"""Does a look at a state of training foretell which strategy trains best?
 
-    python experiments/predict.py run --datasets shapes fashion_mnist --seeds 0 1 2
+    python experiments/predict.py run --datasets shapes fashion_mnist
     python experiments/predict.py table
     python experiments/predict.py figure
 
-A state is a run under a source strategy at some progress. From each state and for each of
-STRATEGIES, `run` measures
+A state is a run under a source strategy at some progress. From each state and
+for each of STRATEGIES, `run` measures
 
-    statistics   of the gradient, in both metrics: what the rules of schedule.py read
-    rollout      what training on for ROLLOUT of the budget gains, on other batches than the truth
+    statistics   of the gradient, in both metrics: what the rules of schedule.py
+                 read
+    rollout      what training on for ROLLOUT of the budget gains, on other
+                 batches than the truth
     truth        what training on for MORE of the budget leads to
 
-The uncompressed loss is measured on the same HELD_OUT batches of test images and views for all. It
-comes in two kinds: with the student's query, as in training, and with the EMA teacher's encoder and
-projector in the query branch too. The predictor has no EMA copy, so it is the student's. The gain
-of a rollout is the loss that it took away per unit spent. The truth has 20-NN beside the losses.
+The uncompressed loss is measured on the same HELD_OUT batches of test images
+and views for all. It comes in two kinds: with the student's query, as in
+training, and with the EMA teacher's encoder and projector in the query branch
+too. The predictor has no EMA copy, so it is the student's. The gain of a
+rollout is the loss that it took away per unit spent. The truth has 20-NN beside
+the losses.
 
-`table` lets every rule order the strategies, and compares the order with the mean truth of the
-*other seeds* of the same data set, source and progress, which no rule has seen. It shows Spearman's
-rank correlation, and the regret of the first choice: 0 for the best strategy, 1 for the worst. One
-seed's own truth, compared in the same way, is the ceiling. A state without other seeds is compared
-with its own truth, and has no ceiling.
+`table` lets every rule order the strategies, and compares the order with the
+mean truth of the *other seeds* of the same data set, source and progress, which
+no rule has seen. It shows Spearman's rank correlation, and the regret of the
+first choice: 0 for the best strategy, 1 for the worst. One seed's own truth,
+compared in the same way, is the ceiling. A state without other seeds is
+compared with its own truth, and has no ceiling.
 
 Shapes: t strategies, in the order of STRATEGIES.
 """
@@ -520,7 +525,7 @@ def draw(axis, states, measure, looks):
 
 
 def figure(args):
-    """Draw rules against the truth, the uncompressed loss: experiments/results/predict.png."""
+    """Draw rules against the truth: experiments/results/predict.png."""
     states = read_states()
     looks = pictures.looks(sorted({state.dataset for state in states}))
     drawing = pictures.new_figure(4)

@@ -1,25 +1,29 @@
-"""The runs behind the README's numbers: one table, and each run is a public command of train.py.
+"""The runs behind the README's numbers, each a public command of train.py.
 
-    python experiments/reproduce.py run headline --datasets shapes --budgets 0.08 --jobs 2
-    python experiments/reproduce.py collect      # finished runs -> experiments/results/runs.jsonl
-    python experiments/reproduce.py tables       # runs.jsonl -> experiments/results/README.md
-    python experiments/reproduce.py gpu          # at most 9 minutes on one GPU, then collects
+    python experiments/reproduce.py run headline --datasets shapes --jobs 2
+    python experiments/reproduce.py collect  # finished runs into runs.jsonl
+    python experiments/reproduce.py tables   # the tables made from it
+    python experiments/reproduce.py gpu      # at most 9 minutes on one GPU
 
-headline    MoCo-v3 uncompressed, under two constant strategies and relaxed half way, over budgets
+headline    MoCo-v3 over budgets: uncompressed, under two constant strategies,
+            and relaxed half way
 objectives  MoCo-v3, SimCLR and DINO, uncompressed and compressed
-schedules   when to relax the compression: never, in stages, by the drop rate alone, by auto
-solved      what schedule.py makes of the gradient errors on CIFAR-10, against constants
+schedules   when to relax the compression: never, in stages, by the drop rate
+            alone, by auto
+solved      what schedule.py makes of the gradient errors on CIFAR-10
 decay       cosine and polynomial decay of the learning rate
-recipe      one setting at a time changed, for the uncompressed and a compressed run alike
+recipe      one setting at a time changed, uncompressed and compressed
 gpu         MoCo-v3 with ViT-Ti, uncompressed and compressed
-paper       ViT-B on ImageNet-1k in ROOT/imagenet, at the paper's budgets, under schedules of ours:
-            never run here. In the commands that `run paper --dry-run` prints, put torchrun
-            --nproc_per_node 8 in the place of python
+paper       ViT-B on ImageNet-1k in ROOT/imagenet, at the paper's budgets, under
+            schedules of ours: never run here. In the commands that
+            `run paper --dry-run` prints, put torchrun --nproc_per_node 8 in the
+            place of python
 
-A finished run is skipped and an interrupted one goes on, so a study can be stopped at any time. The
-runs lie in runs/, and a run that two studies need is made once. shapes needs no files. With
---data-root ROOT, Fashion-MNIST is in ROOT as torchvision keeps it, and CIFAR-10 in ROOT/cifar10 as
-JPEG files, train/CLASS/*.jpg and test/CLASS/*.jpg.
+A finished run is skipped and an interrupted one goes on, so a study can be
+stopped at any time. The runs lie in runs/, and a run that two studies need is
+made once. shapes needs no files. With --data-root ROOT, Fashion-MNIST is in
+ROOT as torchvision keeps it, and CIFAR-10 in ROOT/cifar10 as JPEG files,
+train/CLASS/*.jpg and test/CLASS/*.jpg.
 """
 import json
 import math
@@ -103,7 +107,7 @@ STUDIES = dict(
         DATASETS, (0.08, 0.32)),
     schedules=Study(
         [Row('moco', schedule) for schedule in ('none', 'p8', 'p8-drop0.50', *STAGES, 'auto')],
-        ('shapes', 'fashion_mnist'), (0.08, 0.32, 1.28)),
+        ('shapes', 'fashion_mnist'), (0.08, 0.16, 0.32)),
     solved=Study(
         [Row('moco', schedule) for schedule in ('none', 'p8', 'p8-drop0.50', SOLVED)],
         ('cifar10',), (0.32,)),
@@ -307,8 +311,7 @@ def units_per_second(row, root):
 
 
 def gpu(args):
-    """The CUDA tests, then the runs of the gpu study at the largest budget that the time pays for.
-    """
+    """The CUDA tests, then the gpu study at the largest budget that the time pays for."""
     deadline = time.monotonic() + 60 * GPU_MINUTES
     passed = cuda_tests_pass(seconds=150)
     root = str(Path(args.data_root).resolve())
@@ -337,9 +340,9 @@ def parse_args(argv):
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     command = commands.add_parser('run', description='Train the runs of a study.',
                                   help='train the runs of a study')
-    command.add_argument('study', choices=STUDIES)
-    command.add_argument('--datasets', nargs='+', choices=(*DATASETS, 'imagenet'),
-                         help="(default: the study's)")
+    command.add_argument('study', choices=STUDIES, metavar='STUDY', help=', '.join(STUDIES))
+    command.add_argument('--datasets', nargs='+', choices=(*DATASETS, 'imagenet'), metavar='NAME',
+                         help="shapes, fashion_mnist, cifar10, imagenet (default: the study's)")
     command.add_argument('--budgets', nargs='+', type=positive,
                          help="millions of units (default: the study's)")
     command.add_argument('--seeds', nargs='+', type=count_or_zero,

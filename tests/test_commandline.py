@@ -74,14 +74,17 @@ def test_a_wrong_flag_is_one_line(parser, flags, message, capsys):
     assert lines[0].startswith(message)
 
 
-@pytest.mark.parametrize('rank, world, printed', [
-    ('0', '2', 'the reason\n'),
-    ('1', '2', ''),
-    ('1', '1', 'the reason\n'),                             # left over in the environment
+@pytest.mark.parametrize('rank, local_rank, world, printed', [
+    ('0', '0', '4', 'the reason\n'),
+    ('1', '1', '4', ''),
+    ('2', '0', '4', 'the reason  [process 2]\n'),           # the first of another machine
+    ('1', '1', '1', 'the reason\n'),                        # left over in the environment
+    ('1', '1', '', 'the reason\n'),
 ])
-def test_processes_that_have_not_joined_fail_with_one_voice(rank, world, printed, monkeypatch,
-                                                            capsys):
+def test_processes_that_have_not_joined_fail_with_one_voice(rank, local_rank, world, printed,
+                                                            monkeypatch, capsys):
     monkeypatch.setenv('RANK', rank)
+    monkeypatch.setenv('LOCAL_RANK', local_rank)
     monkeypatch.setenv('WORLD_SIZE', world)
     with pytest.raises(SystemExit) as stop:
         fail('the reason')
@@ -95,11 +98,13 @@ def test_a_device_that_is_not_there(monkeypatch):
         pick_device('cuda')
 
 
-def test_a_process_without_a_gpu(monkeypatch):
+def test_more_processes_than_gpus(monkeypatch):
+    """The process that has a GPU meets the error too; else it would wait for the others."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.setenv('LOCAL_RANK', '2')
-    with pytest.raises(ValueError, match='process 2 .* there are 2; lower --nproc_per_node'):
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '3')
+    with pytest.raises(ValueError, match=r'3 processes .* 2 GPU\(s\); lower --nproc_per_node'):
         pick_device('cuda')
 
 

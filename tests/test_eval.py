@@ -298,7 +298,7 @@ def test_default_scores(run):
     printed, lines = run()
     assert [line['name'] for line in lines] == ['NN', '20-NN']
     assert 'percent correct on 60 test images' in printed
-    depends_on = dict(k=20, temperature=0.07, img_size=28, patch_size=4, side=28, tokens=49, cost=1,
+    depends_on = dict(k=20, temperature=0.07, img_size=28, patch_size=4, side=28, tokens=50, cost=1,
                       mean=[0.3], std=[0.3], precision='float32', dataset='fashion_mnist', bank=320,
                       queries=60, num_heads=2, seed=0)
     assert depends_on.items() <= lines[1].items()
@@ -308,10 +308,10 @@ def test_default_scores(run):
 
 
 def test_table_over_patch_sizes(run):
-    """28 px at 4, 7, 8: 7 x 7, 4 x 4 and, rendered at 32 px, 4 x 4 tokens."""
+    """28 px at 4, 7, 8: 7 x 7, 4 x 4 and, rendered at 32 px, 4 x 4 patches."""
     printed, lines = run('--patch-size 4 7 8 7 --protocol knn --k 5 10')
     sizes = [(line['patch_size'], line['tokens'], line['side']) for line in lines]
-    assert sizes[::2] == sizes[1::2] == [(4, 49, 28), (7, 16, 28), (8, 16, 32)]
+    assert sizes[::2] == sizes[1::2] == [(4, 50, 28), (7, 17, 28), (8, 17, 32)]
     assert lines[0]['cost'] == 1
     assert 0.2 < lines[2]['cost'] < lines[4]['cost'] < 0.5
     header, *rows = [line.split() for line in printed.splitlines()[-4:]]
@@ -357,6 +357,7 @@ def test_scores_that_cannot_be_written_are_printed(run):
     ('--num-heads 4', 'it has 2 heads, not 4'),
     ('--mean 0.5 0.5', 'must be 1 numbers each'),
     ('--export a --patch-size 4 7', '--export writes the features of one --patch-size'),
+    ('--export a --limit 10', '--limit is for the scores, --export writes all'),
     ('--export /nowhere/a.npz', "'/nowhere/a.npz' cannot be written: No such file"),
     ('--encoder-prefix teacher', "--encoder-prefix of eval.py: 'model.'"),
     ('--weights timm.pth', 'add --dataset, one of shapes, fashion_mnist'),

@@ -71,7 +71,7 @@ UNCOMPRESSED = dict(moco=4.043, simclr=6.009, dino=10.666)      # units a sample
 @pytest.mark.parametrize('method', UNCOMPRESSED)
 @pytest.mark.parametrize('strategy', ('p4', 'p4-drop0.50', 'p8', 'p8-drop0.50'))
 def test_every_combination_trains_and_resumes(run, method, strategy):
-    """16 px at patch 4 are 16 tokens, at patch 8 four, and dropout halves them: 16, 8, 4, 2.
+    """16 px at patch 4 are 16 patches, at patch 8 four, and dropout halves them: 16, 8, 4, 2.
 
     MoCo pays 3 for the query and 1 for the key, SimCLR 3 + 3. A batch of 16 spends 16 times that.
     """
@@ -82,8 +82,8 @@ def test_every_combination_trains_and_resumes(run, method, strategy):
     cost = lines[0]['units'] / 16
     assert [line['step'] for line in lines] == list(range(1, len(lines) + 1))
     assert lines[-1]['units'] >= 800 > lines[-2]['units']
-    tokens = {'p4': 16, 'p4-drop0.50': 8, 'p8': 4, 'p8-drop0.50': 2}
-    assert lines[0]['query'] == strategy and lines[0]['tokens'] == tokens[strategy]
+    patches = {'p4': 16, 'p4-drop0.50': 8, 'p8': 4, 'p8-drop0.50': 2}
+    assert lines[0]['query'] == strategy and lines[0]['tokens'] == 1 + patches[strategy]
     if strategy == 'p4':
         assert cost == pytest.approx(UNCOMPRESSED[method], rel=1e-3)
     else:
@@ -280,7 +280,7 @@ def test_draws_depend_on_their_key_alone():
 # ---------------------------------------------------------------- patch sizes by branch
 
 def test_patch_branch_query_renders_each_branch_at_its_own_side(run, capsys):
-    """At 16 px and patch 12 the query is 12 px wide and one token, the key 16 px and 16 tokens.
+    """At 16 px and patch 12 the query is 12 px wide and one patch, the key 16 px and 16 patches.
 
     A view that no branch reads is not made: MoCo's query is view 1 and its key is view 2.
     """
@@ -293,7 +293,7 @@ def test_patch_branch_query_renders_each_branch_at_its_own_side(run, capsys):
     assert [view is None for view in key_views] == [True, False]
     assert views[0].shape[-1] == 12 and key_views[1].shape[-1] == 16
     line = steps_of(run(*flags) / 'a')[0]
-    assert (line['query'], line['key'], line['tokens']) == ('p12', 'p4', 1)
+    assert (line['query'], line['key'], line['tokens']) == ('p12', 'p4', 2)
     # the key branch costs 1, the query's one patch and class token about 3 x 2 / 17
     assert 1 < line['units'] / 16 < 1 + 3 * 3 / 17
 
