@@ -4,7 +4,8 @@ MemoryImages holds small images as one uint8 tensor: torchvision's data sets, th
 and folders of small images. FolderImages holds a tree of image files of any size and decodes them
 in the worker processes of a DataLoader. Both have one interface:
 
-    len(data), channels, mean, std     of the training images; mean and std by channel, in [0, 1]
+    len(data), channels, mean, std     of the training images; mean and std by channel, in [0, 1],
+                                       those of ImageNet for files
     classes, labels, test_labels       label -1: not labelled, or held out of the training labels
     files, test_files                  names of the image files; () for sets without files
     fingerprint                        a short hash that tells sets of training images apart
@@ -196,7 +197,9 @@ class MemoryImages(Images):
         images = self.images.to(device)
         for batch in keys:
             indices = torch.tensor([index for _, index in batch])
-            yield images[indices.to(device)]
+            if images.is_cuda:
+                indices = indices.pin_memory()                 # so the copy waits for no other work
+            yield images[indices.to(device, non_blocking=True)]
 
     def labelled(self, split, ids, side, workers=0):
         """Batches of whole images (b c side side) in [0, 1] and labels (b), in the order of ids."""

@@ -245,14 +245,13 @@ def fit_linear(x, y, classes, probe, seed=0, progress=False):
     rates = rearrange(rates, 'r -> r 1 1')
     weight = torch.zeros(len(rates), classes, x.shape[1], device=x.device)
     velocity = torch.zeros_like(weight)
-    targets = F.one_hot(y, classes)                                          # n c
     steps = probe.epochs * math.ceil(len(x) / probe.batch_size)
     step = 0
     for epoch in progress_bar(range(probe.epochs), 'linear', ' epochs', progress):
         order = torch.randperm(len(x), generator=keyed_generator(seed, 'probe', epoch))
         for ids in order.to(x.device).split(probe.batch_size):
             logits = torch.einsum('b d, r c d -> r b c', x[ids], weight)
-            error = (logits.softmax(dim=2) - targets[ids]) / len(ids)
+            error = (logits.softmax(dim=2) - F.one_hot(y[ids], classes)) / len(ids)
             gradient = torch.einsum('r b c, b d -> r c d', error, x[ids])
             velocity = 0.9 * velocity + gradient
             weight = weight - rates * cosine(step / steps) * velocity
@@ -329,10 +328,11 @@ def training_batches(data, ids, setting, recipe, seed):
 def finetune(encoder, data, ids, setting, recipe, seed=0):
     """(Classifier, mean loss of each epoch): a copy of the encoder, trained on the images `ids`.
 
-    All weights train, even a patch projection that pretraining kept fixed.
+    All weights train, even a patch projection that pretraining kept fixed; a sin-cos table is none.
     """
     recipe = replace(recipe, batch_size=min(recipe.batch_size, len(ids)))
     encoder = copy.deepcopy(encoder).requires_grad_(True)
+    encoder.pos_embed.requires_grad_(encoder.config['pos_embed'] == 'learned')
     generator = keyed_generator(seed, 'classifier')
     model = Classifier(encoder, len(data.classes), setting.patch_size, generator)
     model.to(setting.device).train()

@@ -11,8 +11,8 @@ and, ours, how far it still points the right way:
     cosine(tau)   = <E g_tau0, E g_tau> / (|| E g_tau0 || || E g_tau ||)
     slope(tau)    = <E g_tau0, P E g_tau>,  P = 1 / sqrt(E g_tau^2) per coordinate
 
-slope is how fast the uncompressed loss falls along the step of Adam trained under tau alone. Its P
-comes from the same batches, so it is unbiased only in the limit of many.
+slope is how fast the uncompressed loss falls along the step of an Adam that has only seen tau. Its
+P comes from the same batches, so it is unbiased only in the limit of many.
 
 All of these are made of products <E a, E b>. The naive product of two means over n batches is
 biased by the noise that they share: || mean d ||^2 adds Var(d) / n, most of what it reports late
@@ -46,7 +46,9 @@ import torch
 
 @dataclass(frozen=True)
 class GradStats:
-    """Estimates with their standard errors, in squared units of the gradient (cosine 0, slope 1).
+    """Estimates with their standard errors.
+
+    In units of the gradient squared, but for slope, in those of the gradient, and cosine, a number.
 
     mse = E || g_tau - E g_tau0 ||^2 = bias2 + variance. norm2 = || E g_tau0 ||^2, for scale.
     mean2 = || E g_tau ||^2. inner = <E g_tau0, E g_tau>. slope0 is the slope of tau0.
@@ -166,6 +168,8 @@ def summary(mean2, inner, true, slope, slope0, square, num_batches):
 
 def dot(a, b):
     """In float64, a million coordinates at a time."""
+    if a.device.type == 'mps':          # has no float64
+        a, b = a.cpu(), b.cpu()
     parts = zip(a.split(2 ** 20), b.split(2 ** 20))
     return sum(torch.dot(x.double(), y.double()).item() for x, y in parts)
 

@@ -30,7 +30,7 @@ In all three, `student` is the encoder that trains, `teacher` its EMA copy (SimC
 running statistics, DINO's last batch mean); `update_teacher` alone moves the EMA copy and the
 center. Under a process group the losses gather across ranks, so that the mean of the ranks'
 losses and gradients, which is what DistributedDataParallel forms, is that of one process on the
-joined batch.
+joined embeddings.
 """
 import copy
 import math
@@ -170,7 +170,8 @@ def mlp_head(widths, bias, last_norm):
 class DINOHead(nn.Module):
     """d -> hidden -> hidden -> bottleneck (GELU), L2-normalized, -> prototypes of unit length.
 
-    The official head's weight norm with its gain fixed at 1 (norm_last_layer): |logit| <= 1.
+    The official head's weight norm with its gain fixed at 1 (norm_last_layer): |logit| <= 1. Under
+    bfloat16 autocast the logits are rounded to 3 digits, more coarsely than in DINO's float16.
     """
 
     def __init__(self, embed_dim, hidden=2048, bottleneck=256, out_dim=65536):
@@ -204,8 +205,8 @@ def ema_update(teacher, student, momentum):
         slow.lerp_(fast, 1 - momentum)
 
 
-def check_branches(*branches):
-    for branch in branches:
+def check_branches(drop_branch, patch_branch):
+    for branch in (drop_branch, patch_branch):
         if branch not in ('query', 'both'):
             raise ValueError(f"branch '{branch}' is not one of query, both")
 
@@ -217,7 +218,7 @@ def key_compression(method, patch_size, drop_rate):
     return key_patch, key_drop
 
 
-def branches(method, patch_size, drop_rate):
+def query_and_key(method, patch_size, drop_rate):
     """What `passes` of a method say of its query and of its key branch, as two dicts."""
     key_patch, key_drop = key_compression(method, patch_size, drop_rate)
     query = dict(branch='query', patch_size=patch_size, drop_rate=drop_rate)
@@ -279,14 +280,14 @@ class MoCo(nn.Module):
 
     def passes(self, patch_size=None, drop_rate=0.0):
         """The encoder's passes over one sample, for compress.sample_cost."""
-        query, key = branches(self, patch_size, drop_rate)
+        query, key = query_and_key(self, patch_size, drop_rate)
         query.update(grad=True, head=self.query_widths)
         key.update(grad=False, head=self.key_widths)
         first = [dict(view=0, **query), dict(view=1, **key)]
         second = [dict(view=1, **query), dict(view=0, **key)]
         return first + second if self.symmetric else first
 
-    def at(self, progress):
+    def set_progress(self, progress):
         """Nothing of MoCo-v3's loss changes over training."""
 
     def frozen(self):
@@ -334,11 +335,11 @@ class SimCLR(nn.Module):
 
     def passes(self, patch_size=None, drop_rate=0.0):
         """The encoder's passes over one sample, for compress.sample_cost."""
-        first, second = branches(self, patch_size, drop_rate)
+        first, second = query_and_key(self, patch_size, drop_rate)
         trained = dict(grad=True, head=self.widths)
         return [dict(first, view=0, **trained), dict(second, view=1, **trained)]
 
-    def at(self, progress):
+    def set_progress(self, progress):
         """Nothing of SimCLR's loss changes over training."""
 
     def frozen(self):
@@ -376,7 +377,7 @@ class DINO(nn.Module):
         self.drop_branch = drop_branch
         self.patch_branch = patch_branch
         self.local_crops = local_crops
-        self.at(0.0)
+        self.set_progress(0.0)
 
     @property
     def encoder(self):
@@ -406,13 +407,13 @@ class DINO(nn.Module):
 
     def passes(self, patch_size=None, drop_rate=0.0):
         """The encoder's passes over one sample, for compress.sample_cost."""
-        student, teacher = branches(self, patch_size, drop_rate)
+        student, teacher = query_and_key(self, patch_size, drop_rate)
         student.update(grad=True, head=self.widths)
         teacher.update(grad=False, head=self.widths)
         passes = [dict(view=v, **student) for v in range(2 + self.local_crops)]
         return passes + [dict(view=v, **teacher) for v in range(2)]
 
-    def at(self, progress):
+    def set_progress(self, progress):
         """DINO's schedules, of 100 epochs: the teacher's temperature rises for the first 30, and
         the last layer is frozen for the first 1."""
         cold, warm = self.teacher_temps

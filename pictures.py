@@ -479,9 +479,14 @@ def draw_errors(axes, rows):
             errors = [error for _, error in pairs]
             axis.errorbar(progress, values, errors, label=label, elinewidth=0.8, **style)
 
+    # a ring around the least CA-MSE of each progress
+    for progress in sorted({row['progress'] for row in rows}):
+        least = min(ca_mse(row)[0] for row in rows if row['progress'] == progress)
+        axes[2].plot(progress, least, 'ok', markersize=9, fillstyle='none')
+
 
 def gradstats(file):
-    """Squared bias, cost-adjusted variance and CA-MSE over training progress."""
+    """Squared bias, cost-adjusted variance and CA-MSE over progress; the least is ringed."""
     load_table(file)            # raises for what is not such a file
     metrics = list(dict.fromkeys(row['metric'] for row in read_lines(file)))
     figure = new_figure(height=2.6 * len(metrics) + 1)
@@ -495,7 +500,7 @@ def gradstats(file):
         if lost:
             points = ', '.join(f'{progress:g}' for progress in sorted(lost))
             notes.append(f'{metric}: the gradient is lost in noise at progress {points}')
-        axes[0].set_ylabel(f'{metric} metric\nfraction of squared norm')
+        axes[0].set_ylabel(f'{metric} metric, relative to\nthe squared true gradient')
         for axis in axes:
             axis.set(yscale='log', xlim=(-0.03, 1.03), xticks=(0, 0.5, 1))
             axis.grid(color='0.9')

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -69,7 +70,9 @@ def join_processes(device):
     # DistributedDataParallel imports this module. If it did so after the group exists, the threads
     # of gloo would outlive the group and could abort the process at exit (seen with torch 2.15).
     import torch._dynamo  # noqa: F401
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    # the others wait while the first one downloads or scores, for which NCCL's 10 minutes are short
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo',
+                            timeout=timedelta(hours=2))
 
 
 def agree(loss, stop_number):

@@ -7,15 +7,16 @@ different compression stay comparable (paper, "training budget").
     polynomial   1 - p^alpha            alpha = 2 keeps a higher rate for longer than cosine
     ramp         end + (start - end) cosine(p)
 
-The acceleration schedule (paper, "optimal acceleration schedule") comes from a table of gradient
-errors (gradstats.py). The compute of one uncompressed batch pays for 1 / c(tau) batches of tau,
-whose average has a smaller variance and the same bias:
+The acceleration schedule (paper, "optimal acceleration schedule", as we read it) comes from a table
+of gradient errors (gradstats.py). The compute of one uncompressed batch pays for 1 / c(tau) batches
+of tau, whose average has a smaller variance and the same bias:
 
     CA-MSE(tau, p) = bias^2(tau, p) + c(tau) variance(tau, p)
     schedule       = argmin over paths tau(p) of  sum_p CA-MSE(tau(p), p) / norm2(p),
                      c(tau(p)) never falling
 
-What the error bars cannot tell from the best counts as equal to it, and the cheaper one wins.
+The sum over p and the cost that never falls are our choice. So are the ties: what the error bars
+cannot tell from the best counts as equal to it, and the cheaper one wins.
 
 Here c(tau) is the sample cost relative to the uncompressed one. RULES holds a second rule, ours:
 best-length foretells better what trains best (experiments/predict.py).
@@ -119,6 +120,7 @@ def best_length(row):
     """CA-MSE of the gradient at its best length: min over s of |s E g - E g0|^2 + c s^2 variance.
 
     A gradient that is only too short or too long costs nothing here, since Adam undoes its length.
+    One that points backwards, whose best s would be negative, counts as more than 1.
     """
     power = row['mean2'] + row['cost'] * row['variance']
     value = 1 - row['inner'] * abs(row['inner']) / (row['norm2'] * power)
@@ -175,7 +177,7 @@ def errors_over_progress(rows, rule='ca-mse', points=101):
 
 
 def level_ties(errors):
-    """{strategy: [CA-MSE, ...]}: what the error bars cannot tell from the best equals the best."""
+    """{strategy: [error, ...]}: what the error bars cannot tell from the best equals the best."""
     values = {strategy: [] for strategy in errors}
     for i in range(len(next(iter(errors.values())))):
         best, best_error = min(column[i] for column in errors.values())
@@ -210,8 +212,8 @@ def solve(table, monotone=True, rule='ca-mse'):
     """The schedule of a table of gradient errors.
 
     table: rows (lines of gradstats.jsonl) with progress, strategy, cost and the statistics, every
-    strategy at every progress. CA-MSE, the paper's rule, reads bias2, variance, their errors and
-    norm2. A strategy is any value.
+    strategy at every progress. CA-MSE reads bias2, variance, their errors and norm2. A strategy is
+    any value.
     """
     grid, errors = errors_over_progress(table, rule)
     costs = {row['strategy']: row['cost'] for row in table}
@@ -234,7 +236,7 @@ def revise(schedule, rows, progress, rule='best-length'):
     errors = {row['strategy']: RULES[rule](dict(row, norm2=1.0)) for row in rows}
     costs = {row['strategy']: row['cost'] for row in rows}
     best, best_error = min(errors.values())
-    value, error = errors.get(schedule.at(progress), (math.inf, 0.0))
+    value, error = errors[schedule.at(progress)]
     if value - best <= 2 * math.hypot(error, best_error):
         return schedule
     tied = [s for s, (value, error) in errors.items()
@@ -287,7 +289,8 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('stats', help='gradstats.jsonl of a run')
     parser.add_argument('--metric', choices=('euclidean', 'adam'), help='if the table has several')
-    parser.add_argument('--rule', choices=RULES, default='ca-mse', help="ca-mse is the paper's")
+    parser.add_argument('--rule', choices=RULES, default='ca-mse',
+                        help="ca-mse is the paper's, as we read it")
     parser.add_argument('--pointwise', action='store_true',
                         help='the best at each progress; the cost may fall again')
     args = parser.parse_args()

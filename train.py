@@ -9,9 +9,10 @@
 The clock of a run is its budget in units, the paper's: one unit is one forward
 pass of the uncompressed encoder on one image. A sample under strategy tau
 spends c(tau) units (compress.sample_cost). An uncompressed sample of MoCo-v3
-spends 4: query forward 1 and backward 2, key forward 1. The run ends when the
-budget is spent, and every schedule (learning rate, momentum, weight decay,
-teacher temperature, compression) runs on progress = spent / budget.
+spends about 4: query forward 1 and backward 2, key forward 1, and the heads.
+The run ends when the budget is spent, and every schedule (learning rate,
+momentum, weight decay, teacher temperature, compression) runs on progress =
+spent / budget.
 
 SIGTERM, SIGINT and SIGUSR1 finish the step, save, and end the run with the exit
 status 143, 130 and 0; a second signal ends it at once.
@@ -146,10 +147,11 @@ def build_parser():
                        help='side of the views in pixels (paper: 224)')
     group.add_argument('--local-crops', type=number(int, 0, 100), default=4,
                        help='DINO: number of local views (DINO: 8)')
-    group.add_argument('--local-size', type=size, default=16,
-                       help='DINO: side of the local views (DINO: 96)')
+    group.add_argument('--local-size', type=size,
+                       help="DINO: side of the local views (default: 96/224 of --img-size)")
     group.add_argument('--crop-scale', type=number(float, 0.001, 1),
-                       help="smallest area of a crop (default: the recipe's, 0.2 under 64 px)")
+                       help="smallest area of a crop, but for DINO's local ones (default: the "
+                            "recipe's)")
     group.add_argument('--workers', type=count_or_zero, default=2,
                        help='loader processes for images in files, of each training process')
     group.add_argument('--from-disk', action='store_true',
@@ -318,11 +320,9 @@ def build_method(args, encoder):
 
 def build_views(args):
     """The recipe of the method, at the nominal sides."""
-    views = recipe(args.method, args.img_size, args.local_crops, args.local_size)
+    views = recipe(args.method, args.img_size, args.local_crops, args.local_size or 0)
     if args.crop_scale:
-        smallest = args.crop_scale
-        views = [dataclasses.replace(view, scale=(smallest, max(smallest, view.scale[1])))
-                 for view in views]
+        views[:2] = [dataclasses.replace(view, scale=(args.crop_scale, 1.0)) for view in views[:2]]
     return views
 
 
@@ -337,13 +337,16 @@ def build_schedule(args):
     return Schedule.parse(args.schedule)
 
 
-def build_grid(args):
+def build_grid(args, schedule):
     """The strategies whose gradient is measured, the uncompressed one first."""
     base = Compression(args.patch_size)
-    if args.grid:
-        return list(dict.fromkeys([base, *map(Compression.parse, args.grid)]))
     sizes = [times * args.patch_size for times in (1, 2, 4)]
-    return [Compression(p, rate) for p in sizes if p <= args.img_size for rate in (0.0, 0.5)]
+    grid = [Compression(p, rate) for p in sizes if p <= args.img_size for rate in (0.0, 0.5)]
+    if args.grid:
+        grid = [Compression.parse(text) for text in args.grid]
+    if args.schedule == 'auto':                      # compares the others with the one in use
+        grid += [tau for _, tau in schedule.stages]
+    return list(dict.fromkeys([base, *grid]))
 
 
 def build_optimizer(method, args, device):
@@ -375,7 +378,7 @@ def make_plan(args, in_chans, num_images):
     views = build_views(args)
     base = Compression(args.patch_size)
     schedule = build_schedule(args)
-    grid = build_grid(args)
+    grid = build_grid(args, schedule)
     measured = grid if args.gradstats or args.schedule == 'auto' else []
     used = list(dict.fromkeys([base, *measured, *(tau for _, tau in schedule.stages)]))
     for tau in used:
@@ -581,7 +584,7 @@ def measure_gradients(run, point, batches, metric):
     cost = run.plan.cost
     step = run.state.step
     keys = random_batches(run, batches)
-    images = run.data.batches(keys, run.plan.views, args.seed, run.device)
+    images = run.data.batches(keys, run.plan.views, args.seed, run.device, args.workers)
     scale = adam_scale(run.optimizer, run.parameters) if metric == 'adam' else None
 
     @functools.lru_cache(maxsize=1)                  # one batch at a time, for all strategies
@@ -662,7 +665,6 @@ def log(run, loss, metrics, tau, curves):
     """A line of log.jsonl, and warnings in plain words."""
     state = run.state
     args = run.args
-    metrics = {name: float(value) for name, value in metrics.items()}
     run.write(dict(step=state.step, progress=run.progress, units=state.units,
                    samples=state.samples, loss=loss, **curves, query=str(tau),
                    key=str(key_strategy(run.plan, tau)),
@@ -722,6 +724,7 @@ def set_up(args, checkpoint):
               State(str(plan.schedule)), identity, folder, log_file)
     if checkpoint:
         restore(run, checkpoint)
+        plan.schedule = Schedule.parse(run.state.schedule)   # auto may have changed it
 
     run.say(f'run       {folder}   {device}, {world} process(es), '
             f'{"bfloat16" if half else "float32"}, seed {args.seed}, torch {torch.__version__}')
@@ -767,7 +770,7 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
 
     while True:
         progress = run.progress                        # the clock of every schedule
-        run.method.at(progress)                        # DINO: teacher temperature, last layer
+        run.method.set_progress(progress)              # DINO: teacher temperature, last layer
         if stopping and progress < 1:                  # what is due here is left to --resume
             save_run(run)
             break
@@ -785,7 +788,7 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
             # measuring is paid like training
             state.units += probes * args.batch_size * sum(plan.cost[tau] for tau in plan.grid)
             progress = run.progress
-            run.method.at(progress)
+            run.method.set_progress(progress)
 
         # now and then, when progress passes a mark: score, measure, save
         if run.due(score_at) and run.rank == 0:
@@ -835,9 +838,12 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
         state.step += 1
         state.samples += args.batch_size
         state.units += plan.cost[tau] * args.batch_size
+        logs = state.step % args.log_every == 0 or state.units >= plan.budget
+        if logs:                                       # waits for a GPU, hence before the clock
+            metrics = {name: float(value) for name, value in metrics.items()}
         state.seconds += time.perf_counter() - start
         bar.update(state, mean_loss, tau)
-        if state.step % args.log_every == 0 or state.units >= plan.budget:
+        if logs:
             log(run, mean_loss, metrics, tau, dict(lr=lr, momentum=momentum))
 
     # the end: the budget is spent, or the run stops on the way

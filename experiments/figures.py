@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 
 from tables import RESULTS, TITLES, crossing, load_results, random_score, select
+from tables import speed_up_text, speed_ups
 from reproduce import STUDIES
 from commandline import Parser, fail
 from pictures import looks, new_figure, save_figure
@@ -26,7 +27,7 @@ def mean_curve(runs):
     for by_seed in runs.values():
         units = statistics.mean(run['units'] for run in by_seed.values())
         scores = [run['knn'] for run in by_seed.values()]
-        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        spread = statistics.stdev(scores) if len(scores) > 1 else math.nan     # draws no band
         curve.append((units, statistics.mean(scores), spread))
     return curve
 
@@ -37,40 +38,44 @@ def draw_curve(axis, curve, name, look):
     high = [mean + spread for mean, spread in zip(means, spreads)]
     axis.plot(units, means, label=name, **look)
     axis.fill_between(units, low, high, color=look['color'], alpha=0.2, linewidth=0)
+    for x, mean, spread in curve:
+        if math.isnan(spread):         # one seed: an open marker
+            axis.plot(x, mean, markerfacecolor='white', **look)
 
 
 def reached_at(curve, accuracy):
-    """(units at which a curve has an accuracy, '>' if its shortest run is better already)."""
+    """The units at which a curve has an accuracy: those of its start if that is better already."""
     units = crossing([(units, mean) for units, mean, _ in curve], accuracy)
-    return (curve[0][0], '> ') if units == -math.inf else (units, '')
+    return curve[0][0] if units == -math.inf else units
 
 
-def draw_speed_up(axis, base, fast, color):
-    """An arrow from the longest uncompressed run to where the other curve has its accuracy."""
-    units, target, _ = base[-1]
-    reached, sign = reached_at(fast, target)
-    if reached == math.inf:
-        return
+def draw_speed_up(axis, start, end, accuracy, text, color):
+    """An arrow at this accuracy from the units of one run to those of another."""
     arrow = dict(arrowstyle='->', color=color, linestyle='--')
-    axis.annotate('', (reached, target), (units, target), arrowprops=arrow)
-    axis.annotate(f'{sign}{units / reached:.1f} x less', (reached, target), xytext=(4, -11),
-                  textcoords='offset points', color=color)
+    axis.annotate('', (end, accuracy), (start, accuracy), arrowprops=arrow)
+    # below all curves
+    axis.text(0.99, 0.12, text, transform=axis.transAxes, color=color, horizontalalignment='right')
 
 
 def draw_panel(axis, records, dataset):
     """The curves of one data set, those of them that have runs."""
-    curves = {}
-    for row in STUDIES['headline'].rows:
-        curve = mean_curve(select(records, dataset, row))
-        if curve:
-            curves[row.schedule] = curve
-            name = 'uncompressed' if row.schedule == 'none' else row.schedule
-            draw_curve(axis, curve, name, LOOKS[row.schedule])
+    runs = {row.schedule: select(records, dataset, row) for row in STUDIES['headline'].rows}
+    runs = {schedule: by_budget for schedule, by_budget in runs.items() if by_budget}
+    curves = {schedule: mean_curve(by_budget) for schedule, by_budget in runs.items()}
+    for schedule, curve in curves.items():
+        name = 'uncompressed' if schedule == 'none' else schedule
+        draw_curve(axis, curve, name, LOOKS[schedule])
+
     base = curves.pop('none', None)
     if base and curves:
         # the one that needs least for the accuracy of the longest uncompressed run
-        best = min(curves, key=lambda name: reached_at(curves[name], base[-1][1]))
-        draw_speed_up(axis, base, curves[best], LOOKS[best]['color'])
+        units, accuracy, _ = base[-1]
+        best = min(curves, key=lambda name: reached_at(curves[name], accuracy))
+        end = reached_at(curves[best], accuracy)
+        factors = speed_ups(runs['none'], runs[best], max(runs['none']), 'units')
+        if end < math.inf:
+            text = f'{speed_up_text(factors)} x less'
+            draw_speed_up(axis, units, end, accuracy, text, LOOKS[best]['color'])
     axis.set(title=TITLES[dataset], xlabel='budget, million units')
 
     random = random_score(records, dataset)
@@ -95,7 +100,8 @@ def headline(path):
         for handle, name in zip(*axis.get_legend_handles_labels()):
             handles[name] = handle
     axes[0].set_ylabel('20-NN accuracy, uncompressed, %')
-    figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=4)
+    figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=5,
+                  columnspacing=1.2)
     return figure
 
 

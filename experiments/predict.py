@@ -506,37 +506,35 @@ def table(args):
 # ---------------------------------------------------------------- figure
 
 def draw(axis, states, measure, looks):
-    """One point for each state and rule, a large one for the mean, and lines for the baselines."""
-    rules = [name for name in PREDICTORS if ':' not in name]
-    for name, style in {CONSTANT: '--', OF_DATA_SET: '-', CHEAPEST: '-.', CEILING: ':'}.items():
-        verdicts = judge(PREDICTORS[name], states, 'student')
-        if verdicts:                        # one seed has no ceiling
-            x = statistics.mean(getattr(v, measure) for v in verdicts.values())
-            axis.axvline(x, color='black', linewidth=1, linestyle=style, label=name)
-    for row, name in enumerate(rules):
+    """A row for each rule and baseline: a point for each state, a large one for their mean."""
+    for row, name in enumerate(PREDICTORS):
         verdicts = judge(PREDICTORS[name], states, 'student')
         for i, (dataset, look) in enumerate(looks.items()):
             x = [getattr(v, measure) for v in verdicts.values() if v.dataset == dataset]
+            if not x:                       # one seed has no ceiling
+                continue
             y = row + 0.3 * i - 0.15
             label = dataset if row == 0 else None
             axis.plot(x, [y] * len(x), linestyle='', alpha=0.3, **look)
             axis.plot(statistics.mean(x), y, linestyle='', markersize=8, label=label, **look)
-    axis.set_yticks(range(len(rules)), rules)
+    rules = sum(':' not in name for name in PREDICTORS)
+    axis.axhline(rules - 0.5, color='black', linewidth=1)
+    axis.set_yticks(range(len(PREDICTORS)), PREDICTORS)
 
 
 def figure(args):
     """Draw rules against the truth: experiments/results/predict.png."""
     states = read_states()
     looks = pictures.looks(sorted({state.dataset for state in states}))
-    drawing = pictures.new_figure(4)
+    drawing = pictures.new_figure(5)
     left, right = drawing.subplots(1, 2, sharey=True)
     draw(left, states, 'correlation', looks)
     draw(right, states, 'regret', looks)
-    left.set(xlabel='rank correlation with the truth', xlim=(-1.05, 1.05))
+    left.set(xlabel='rank correlation with the loss later on', xlim=(-1.05, 1.05))
     right.set(xlabel='regret of the first choice', xlim=(-0.05, 1.05))
     left.invert_yaxis()
     handles, labels = left.get_legend_handles_labels()
-    drawing.legend(handles, labels, loc='outside lower center', ncols=3)
+    drawing.legend(handles, labels, loc='outside lower center', ncols=2)
     pictures.save_figure(drawing, RESULTS / 'predict.png')
 
 

@@ -246,11 +246,11 @@ def test_dino_equals_its_official_form_view_by_view():
 def test_dino_over_training():
     method = build('dino')
     for progress, temperature in {0: 0.04, 0.15: 0.055, 0.3: 0.07, 1: 0.07}.items():
-        method.at(progress)
+        method.set_progress(progress)
         assert method.teacher_temp == pytest.approx(temperature)
-    method.at(0.01)
+    method.set_progress(0.01)
     assert method.frozen() == []
-    method.at(0.009)
+    method.set_progress(0.009)
     frozen, = method.frozen()
     assert frozen is method.student_head.last_layer.weight
 

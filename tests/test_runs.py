@@ -340,7 +340,7 @@ def test_processes_that_do_not_know_of_each_other(run, capsys, monkeypatch):
 
 def test_a_default_grid_leaves_out_patches_larger_than_the_image():
     args, _ = train.parse_args([*SMALL, '--patch-size', '8'])
-    assert [str(tau) for tau in train.build_grid(args)] == [
+    assert [str(tau) for tau in train.build_grid(args, None)] == [
         'p8', 'p8-drop0.50', 'p16', 'p16-drop0.50']
 
 

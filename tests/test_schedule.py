@@ -183,7 +183,6 @@ def test_best_length_is_the_least_error_over_all_lengths():
     (P8, 0.71, 0.0051, 2.0, 0.0, P8),                         # 0.01 above p4, 1.96 errors
     (P8, 0.71, 0.0049, 2.0, 0.0, P4),                         # 0.01 above p4, 2.04 errors
     (P8, 1.50, 0.0, 2.0, 5.0, DROPPED),                       # tied with p4, and cheaper
-    (Compression(16), 0.10, 0.0, 2.0, 0.0, P8),               # was not measured
 ])
 def test_auto(now, p8, p8_sem, dropped, dropped_sem, chosen, norm2):
     """CA-MSE: p4 1, p8 0.3 + its bias^2, p8-drop0.50 0.2 + its bias^2.

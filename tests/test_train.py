@@ -277,6 +277,20 @@ def test_draws_depend_on_their_key_alone():
         assert not any(map(same, drawn(0, 0, 5), drawn(*other)))
 
 
+@pytest.mark.parametrize('flags, sides, scales', [
+    ([], [224, 224, 96], [(0.4, 1.0), (0.4, 1.0), (0.05, 0.4)]),
+    (['--crop-scale', '0.5'], [224, 224, 96], [(0.5, 1.0), (0.5, 1.0), (0.05, 0.4)]),
+    (['--local-size', '64'], [224, 224, 64], [(0.4, 1.0), (0.4, 1.0), (0.05, 0.4)]),
+])
+def test_views_of_dino(flags, sides, scales):
+    """Local views keep DINO's share of the side, 96 of 224, and crops of their own."""
+    common = ['--method', 'dino', '--img-size', '224', '--local-crops', '1']
+    args, _ = train.parse_args([*common, *flags])
+    views = train.build_views(args)
+    assert [view.side for view in views] == sides
+    assert [view.scale for view in views] == scales
+
+
 # ---------------------------------------------------------------- patch sizes by branch
 
 def test_patch_branch_query_renders_each_branch_at_its_own_side(run, capsys):
@@ -352,17 +366,16 @@ def larger_share(monkeypatch):
 
 
 def test_auto_measures_within_its_share_and_pays(run, larger_share):
-    """A quarter of 600 units is 150. Four batches of 4 under p4 and p8 cost 16 x (4.04 + c).
-
-    c is about 1.4, so 87 units: one measurement of four batches, half way.
+    """A quarter of 600 units is 150. Four batches of 4 under p4, p8 and, since it is in use,
+    p8-drop0.50 cost 16 x (4.04 + about 1.4 + 1.1) = 105: one measurement of them, half way.
     """
     folder = run(*AUTO, '--name', 'a', '--eval-every', 0) / 'a'
     rows = rows_of(folder)
-    assert [row['strategy'] for row in rows] == ['p4', 'p8']
+    assert [row['strategy'] for row in rows] == ['p4', 'p8', 'p8-drop0.50']
     assert {(row['progress'], row['num_batches'], row['metric']) for row in rows} == {
         (0.5, 4, 'adam')}
     paid = sum(4 * row['num_batches'] * row['cost'] * 4.043 for row in rows)
-    assert 70 < paid <= 150
+    assert 90 < paid <= 150
     steps = steps_of(folder)
     jumps = [b['units'] - a['units'] for a, b in zip(steps, steps[1:])]
     assert max(jumps) == pytest.approx(paid + jumps[-1], rel=1e-3)
