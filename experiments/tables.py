@@ -92,7 +92,7 @@ def collect(runs, path):
     if not records:
         raise FileNotFoundError(f'no finished run of a study below {quoted(runs)}; begin with '
                                 f'python experiments/reproduce.py run headline')
-    text = ''.join(json.dumps(record) + '\n' for record in records.values())
+    text = ''.join(json.dumps(records[name]) + '\n' for name in sorted(records))
     save(text, path)
     print(f'{done} finished runs in {quoted(runs)}; {quoted(path)} has {len(records)}, '
           f'{len(records) - before} of them new')
