@@ -15,11 +15,12 @@ SNIPPETS = re.findall(r'```python\n(.*?)```', COPY_ME, re.DOTALL)
 
 @pytest.mark.parametrize('snippet', SNIPPETS, ids=[s.split(':')[0].strip('# ') for s in SNIPPETS])
 def test_a_snippet_runs_as_it_is_shown(snippet, tmp_path, monkeypatch):
-    """backbone.pt lies where the snippet is run."""
+    """The run that the snippet loads is there."""
     monkeypatch.chdir(tmp_path)
     encoder = ViT(img_size=32, patch_size=4, embed_dim=32, depth=1, num_heads=2)
+    (tmp_path / 'runs' / 'a').mkdir(parents=True)
     save(dict(model=encoder.state_dict(), config=encoder.config, mean=(0.5,) * 3, std=(0.25,) * 3,
-              dataset='shapes'), tmp_path / 'backbone.pt')
+              dataset='shapes'), tmp_path / 'runs' / 'a' / 'backbone.pt')
     exec(compile(snippet, 'README.md', 'exec'), {})
 
 
