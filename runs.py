@@ -33,7 +33,6 @@ except ImportError:                                  # Windows: two processes ca
 @dataclass
 class State:
     """How far a run has come. With the weights and the optimizer it is all that --resume needs."""
-    schedule: str                                    # as text; auto changes it on the way
     step: int = 0
     samples: int = 0
     units: float = 0.0                               # spent of the budget
@@ -127,7 +126,7 @@ def load_checkpoint(folder):
     checkpoint = read(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('args'), dict):
         raise ValueError(f'{path} is no checkpoint of train.py')
-    if 'state' not in checkpoint or 'embed_dim' in checkpoint['args']:
+    if 'state' not in checkpoint or 'schedule' in checkpoint['state']:
         raise ValueError(f'{path} is of an earlier version, which had other units and flags; '
                          f'finish it with that version')
     return checkpoint
@@ -205,8 +204,6 @@ def restore(run, checkpoint):
         run.method.load_state_dict(checkpoint['method'])
         run.optimizer.load_state_dict(checkpoint['optimizer'])
         run.state = State(**checkpoint['state'])
-        if run.args.schedule != checkpoint['args']['schedule']:   # given anew on the command line
-            run.state.schedule = str(run.plan.schedule)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         # torch names the class in the first line, what does not fit in the second
         lines = [line.strip() for line in str(error).splitlines()[:2]]

@@ -225,25 +225,6 @@ def solve(table, monotone=True, rule='ca-mse'):
     return Schedule(tuple(stages))
 
 
-def revise(schedule, rows, progress, rule='best-length'):
-    """--schedule auto: the schedule so far, and from `progress` on the best strategy.
-
-    rows: gradient errors measured at this progress. The strategy in use stays unless it is two
-    standard errors behind: a few batches are noisy, and a wrong change costs more than a late
-    one. Among those that the error bars cannot tell from the best, the cheapest wins.
-    """
-    # all rows share one norm2, the noisiest number: it cancels
-    errors = {row['strategy']: RULES[rule](dict(row, norm2=1.0)) for row in rows}
-    costs = {row['strategy']: row['cost'] for row in rows}
-    best, best_error = min(errors.values())
-    value, error = errors[schedule.at(progress)]
-    if value - best <= 2 * math.hypot(error, best_error):
-        return schedule
-    tied = [s for s, (value, error) in errors.items()
-            if value - best <= math.hypot(error, best_error)]
-    return Schedule((*schedule.stages, (progress, min(tied, key=costs.get))))
-
-
 # ---------------------------------------------------------------- command line
 
 def load_table(path, metric=None):
@@ -262,9 +243,7 @@ def load_table(path, metric=None):
     if metric and metric not in metrics:
         found = ', '.join(sorted(set(metrics)))
         raise ValueError(f'{path} has no rows in the {metric} metric, only {found}')
-    wanted = [row for row in rows if row['metric'] == (metric or metrics[0])]
-    # the last row counts where --gradstats and auto measured at the same point
-    return list({(row['progress'], row['strategy']): row for row in wanted}.values())
+    return [row for row in rows if row['metric'] == (metric or metrics[0])]
 
 
 def print_table(rows, schedule):

@@ -47,7 +47,7 @@ from losses import mean_over_ranks
 from runs import (Progress, State, StopSignal, agree, collapse_warning, exit_status,
                   join_processes, load_checkpoint, marks, new_folder, open_log, process_numbers,
                   reason, restore, snapshot, waiting_warning)
-from schedule import Schedule, cosine, polynomial, ramp, revise, warmup
+from schedule import Schedule, cosine, polynomial, ramp, warmup
 from views import keyed_generator, make_views, normalize, recipe
 from vit import SIZES, Block, ViT
 from weights import load_backbone, save
@@ -73,7 +73,6 @@ UNUSED = dict(moco=['--local-crops', '--local-size'],
               simclr=['--local-crops', '--local-size', '--symmetric', '--momentum'],
               dino=['--symmetric'])
 SAVE_EVERY = 0.05                                    # of the budget, beside --save-minutes
-AUTO_SHARE = 0.05                                    # of the budget, for auto's one measurement
 GROUPS = 4                                           # of probe batches, for the error bars
 
 
@@ -93,7 +92,7 @@ def strategies(text):
 
 
 def schedule_text(text):
-    if text in ('none', 'default', 'auto'):
+    if text in ('none', 'default'):
         return text
     if text.endswith('.json'):
         raise ArgumentTypeError(f'{text!r} is a file of an earlier version, which counted other '
@@ -183,9 +182,8 @@ def build_parser():
 
     group = parser.add_argument_group('compression')
     group.add_argument('--schedule', type=schedule_text, default='default',
-                       help='none, a strategy (p8-drop0.50), stages (p8@0,p4@0.7), default (twice '
-                            'the patch size, half of the tokens), or auto: begin with the default, '
-                            'measure half way, leave it only for one that is clearly better')
+                       help='none, a strategy (p8-drop0.50), stages (p8@0,p4@0.7), or default: '
+                            'twice the patch size, half of the tokens')
     group.add_argument('--drop-branch', default='query', choices=('query', 'both'),
                        help='who drops tokens: query, student or first view alone, or both')
     group.add_argument('--patch-branch', default='both', choices=('query', 'both'),
@@ -327,25 +325,23 @@ def build_views(args):
 
 
 def build_schedule(args):
-    """The compression over progress. auto begins with the default and may leave it half way."""
+    """The compression over progress; by default half of the tokens of twice the patch size."""
     p = args.patch_size
     if args.schedule == 'none':
         return Schedule(((0.0, Compression(p)),))
-    if args.schedule in ('default', 'auto'):
+    if args.schedule == 'default':
         larger = min(2 * p, args.img_size)
         return Schedule(((0.0, Compression(larger, 0.5)),))
     return Schedule.parse(args.schedule)
 
 
-def build_grid(args, schedule):
+def build_grid(args):
     """The strategies whose gradient is measured, the uncompressed one first."""
     base = Compression(args.patch_size)
     sizes = [times * args.patch_size for times in (1, 2, 4)]
     grid = [Compression(p, rate) for p in sizes if p <= args.img_size for rate in (0.0, 0.5)]
     if args.grid:
         grid = [Compression.parse(text) for text in args.grid]
-    if args.schedule == 'auto':                      # compares the others with the one in use
-        grid += [tau for _, tau in schedule.stages]
     return list(dict.fromkeys([base, *grid]))
 
 
@@ -378,8 +374,8 @@ def make_plan(args, in_chans, num_images):
     views = build_views(args)
     base = Compression(args.patch_size)
     schedule = build_schedule(args)
-    grid = build_grid(args, schedule)
-    measured = grid if args.gradstats or args.schedule == 'auto' else []
+    grid = build_grid(args)
+    measured = grid if args.gradstats else []
     used = list(dict.fromkeys([base, *measured, *(tau for _, tau in schedule.stages)]))
     for tau in used:
         if tau.patch_size > args.img_size:
@@ -455,13 +451,6 @@ def clip_each(parameters, largest):
 
 
 # ---------------------------------------------------------------- training
-
-def auto_batches(args, plan):
-    """Batches of each strategy that auto's share of the budget pays for: at most 32, or 0."""
-    one = args.batch_size * sum(plan.cost[tau] for tau in plan.grid)
-    affordable = int(AUTO_SHARE * plan.budget / one)
-    return min(32, affordable // GROUPS * GROUPS)
-
 
 def render_views(plan, images, tau, seed_key, device):
     """(views, key views or None, generator of the token draws) of a batch under strategy tau.
@@ -575,17 +564,17 @@ def loss_of(run, model, images, tau, *key):
         return model(views, tau.patch_size, tau.drop_rate, generator, key_views)
 
 
-def measure_gradients(run, point, batches, metric):
-    """Rows of gradstats.jsonl for this point of progress: the gradient errors here and now.
+def measure_gradients(run, point):
+    """Add the gradient errors here and now to gradstats.jsonl, as those of this point of progress.
 
     The batches are random ones of their own, and nothing of the run changes.
     """
     args = run.args
     cost = run.plan.cost
     step = run.state.step
-    keys = random_batches(run, batches)
+    keys = random_batches(run, args.probe_batches)
     images = run.data.batches(keys, run.plan.views, args.seed, run.device, args.workers)
-    scale = adam_scale(run.optimizer, run.parameters) if metric == 'adam' else None
+    scale = adam_scale(run.optimizer, run.parameters) if args.metric == 'adam' else None
 
     @functools.lru_cache(maxsize=1)                  # one batch at a time, for all strategies
     def images_of(i):
@@ -596,21 +585,20 @@ def measure_gradients(run, point, batches, metric):
         return mean_over_ranks(flat_gradient(loss, run.parameters))
 
     with unchanged(run.method):
-        stats = gradient_stats(grad_fn, run.plan.grid, run.plan.base, range(batches),
+        stats = gradient_stats(grad_fn, run.plan.grid, run.plan.base, range(args.probe_batches),
                                GROUPS, scale)
     rows = []
     for tau, stat in stats.items():
         if not math.isfinite(stat.mse):
             give_up(run, 'a gradient is not finite')
         # the cost is relative to the uncompressed strategy: how many batches one batch pays for
-        rows.append(dict(progress=point, strategy=tau, cost=cost[tau] / cost[run.plan.base],
-                         **dataclasses.asdict(stat), metric=metric, method=args.method,
+        rows.append(dict(progress=point, strategy=str(tau), cost=cost[tau] / cost[run.plan.base],
+                         **dataclasses.asdict(stat), metric=args.metric, method=args.method,
                          batch_size=args.batch_size, step=step, units=run.state.units))
     if run.rank == 0:
         with open(run.folder / 'gradstats.jsonl', 'a') as file:
             for row in rows:
-                file.write(json.dumps(dict(row, strategy=str(row['strategy']))) + '\n')
-    return rows
+                file.write(json.dumps(row) + '\n')
 
 
 def random_batches(run, batches):
@@ -721,10 +709,9 @@ def set_up(args, checkpoint):
     images = f'{len(data):,} ({data.fingerprint})'
     identity = dict(world=world, images=images, **method.encoder.config)
     run = Run(args, plan, data, method, model, optimizer, parameters, device, half, rank, world,
-              State(str(plan.schedule)), identity, folder, log_file)
+              State(), identity, folder, log_file)
     if checkpoint:
         restore(run, checkpoint)
-        plan.schedule = Schedule.parse(run.state.schedule)   # auto may have changed it
 
     run.say(f'run       {folder}   {device}, {world} process(es), '
             f'{"bfloat16" if half else "float32"}, seed {args.seed}, torch {torch.__version__}')
@@ -748,7 +735,6 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
     args = run.args
     plan = run.plan
     state = run.state
-    schedule = Schedule.parse(state.schedule)
     decay = dict(cosine=cosine, polynomial=polynomial)[args.lr_schedule]
     weight_decay_end = DINO_WEIGHT_DECAY_END if args.method == 'dino' else args.weight_decay
     peak_lr = args.lr * args.batch_size / 256
@@ -758,11 +744,6 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
     # every event has its marks of progress
     score_at = marks(args.eval_every) if args.eval_every and scorable(run.data) else []
     save_at = marks(SAVE_EVERY)
-    probes = auto_batches(args, plan) if args.schedule == 'auto' else 0
-    auto_at = [0.5] if probes else []
-    if args.schedule == 'auto' and not probes:
-        run.say(f'warning: {100 * AUTO_SHARE:.0f} % of the budget cannot pay for measuring '
-                f'{GROUPS} batches; auto stays with {schedule}. Raise --budget')
     stop = StopSignal()
     bar = Progress(plan.budget, state, run.rank == 0)
     saved_at = time.perf_counter()
@@ -776,25 +757,14 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
             break
 
         # what comes now may take long, and a scheduler may not wait
-        if run.due([*auto_at, *score_at, *args.gradstats]):
+        if run.due([*score_at, *args.gradstats]):
             save_run(run)
-
-        # auto: once, half way, look how wrong each strategy is here, and go on with the best
-        if run.due(auto_at):
-            rows = measure_gradients(run, 0.5, probes, 'adam')
-            schedule = revise(schedule, rows, 0.5)
-            run.say(f'auto      at 50 %: on with {schedule.at(progress)}')
-            state.schedule = str(schedule)
-            # measuring is paid like training
-            state.units += probes * args.batch_size * sum(plan.cost[tau] for tau in plan.grid)
-            progress = run.progress
-            run.method.set_progress(progress)
 
         # now and then, when progress passes a mark: score, measure, save
         if run.due(score_at) and run.rank == 0:
             score(run)
         for point in run.due(args.gradstats):
-            measure_gradients(run, point, args.probe_batches, args.metric)
+            measure_gradients(run, point)
         minutes = (time.perf_counter() - saved_at) / 60
         ends = progress == 1 or state.step >= (args.max_steps or math.inf)
         saves = run.due(save_at) or minutes > args.save_minutes
@@ -806,7 +776,7 @@ def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read fr
             break
 
         # what this step does: how much to compress, and the curves
-        tau = schedule.at(progress)
+        tau = plan.schedule.at(progress)
         after_warmup = max(0, progress - args.warmup) / (1 - args.warmup)
         lr = peak_lr * warmup(progress, args.warmup) * decay(after_warmup)
         weight_decay = ramp(args.weight_decay, weight_decay_end, progress)

@@ -9,7 +9,7 @@ headline    MoCo-v3 over budgets: uncompressed, under two constant strategies,
             and relaxed half way
 objectives  MoCo-v3, SimCLR and DINO, uncompressed and compressed
 schedules   when to relax the compression: never, in stages, by the drop rate
-            alone, by auto
+            alone
 solved      what schedule.py makes of the gradient errors on CIFAR-10
 decay       cosine and polynomial decay of the learning rate
 recipe      one setting at a time changed, uncompressed and compressed
@@ -106,7 +106,7 @@ STUDIES = dict(
          for method in ('moco', 'simclr', 'dino') for schedule in ('none', 'p8-drop0.50')],
         DATASETS, (0.08, 0.32)),
     schedules=Study(
-        [Row('moco', schedule) for schedule in ('none', 'p8', 'p8-drop0.50', *STAGES, 'auto')],
+        [Row('moco', schedule) for schedule in ('none', 'p8', 'p8-drop0.50', *STAGES)],
         ('shapes', 'fashion_mnist'), (0.08, 0.16, 0.32)),
     solved=Study(
         [Row('moco', schedule) for schedule in ('none', 'p8', 'p8-drop0.50', SOLVED)],

@@ -99,6 +99,23 @@ def test_bounds_are_not_averaged(outcomes, text):
     assert tables.speed_up_text(outcomes) == text
 
 
+def test_short_runs_are_judged_by_the_long_runs_of_other_seeds():
+    """Long runs: p8 has 70 and 50, p8-drop0.50 60 and 90. Seed 0 chooses p8, and seed 1 judges that
+    it loses 90 - 50 points. Seed 1 chooses p8-drop0.50, and loses 70 - 60 on seed 0.
+    """
+    rows = [reproduce.Row('moco', name) for name in ('p8', 'p8-drop0.50', DYNAMIC)]
+    scores = {('p8', 0.08): (40.0, 30.0), ('p8-drop0.50', 0.08): (30.0, 40.0),
+              ('p8', 0.32): (70.0, 50.0), ('p8-drop0.50', 0.32): (60.0, 90.0),
+              ('p8', 1.28): (99.0,), (DYNAMIC, 0.08): (99.0, 99.0)}
+    records = [record(name, budget, seed, score)
+               for (name, budget), pair in scores.items() for seed, score in enumerate(pair)]
+    choices = tables.pilot_choices(records, 'shapes', rows)
+    assert choices == {0.08: [('p8', 40.0), ('p8-drop0.50', 10.0)]}
+    text = tables.pilot_table(records, 'shapes', rows)
+    assert text.splitlines()[-1] == '| 0.08 | p8, p8-drop0.50 | 40.0, 10.0 |'
+    assert tables.pilot_table(records, 'cifar10', rows) == ''
+
+
 def test_page_has_index_speed_up_and_scores(two_seeds):
     """Seed 0: 50 is half way from 40 to 60, so b = 0.08 * 4^(1/2) = 0.16 M, and 1.28 / 0.16 = 8.
 

@@ -11,7 +11,7 @@ from timm.scheduler import PolyLRScheduler
 import schedule as schedule_file
 from compress import Compression
 from schedule import (RULES, Schedule, best_path, cosine, errors_over_progress, load_table,
-                      polynomial, ramp, revise, solve, warmup)
+                      polynomial, ramp, solve, warmup)
 
 P4, P8, DROPPED = Compression(4), Compression(8), Compression(8, 0.5)
 
@@ -47,7 +47,7 @@ def test_a_stage_begins_at_its_progress():
 
 @pytest.mark.parametrize('start', (1 / 3, 0.1 + 0.2, 1e-7, 0.9999999))
 def test_the_text_of_a_schedule_is_read_back(start):
-    """To the last digit: auto's stages begin anywhere, and a resumed run reads the text."""
+    """To the last digit: a resumed run reads the text."""
     schedule = Schedule(((0.0, DROPPED), (start, P4)))
     assert Schedule.parse(str(schedule)) == schedule
 
@@ -170,47 +170,6 @@ def test_best_length_is_the_least_error_over_all_lengths():
     assert value == pytest.approx(errors.min().item() / 4) == 0.75
     assert sem == pytest.approx(0.025)
     assert RULES['best-length'](dict(ROW, inner=-2))[0] == 1.25           # points the wrong way
-
-
-# ---- auto: revise the schedule half way
-
-@pytest.mark.parametrize('norm2', (4.0, -1.0))
-@pytest.mark.parametrize('now, p8, p8_sem, dropped, dropped_sem, chosen', [
-    # bias^2 of p8 and its error, of p8-drop0.50 and its error
-    (P8, 0.10, 0.0, 2.0, 0.0, P8),                            # is the lowest
-    (P8, 1.50, 0.0, 2.0, 0.0, P4),                            # p4 is the lowest
-    (P8, 1.50, 5.0, 2.0, 5.0, P8),                            # nothing can be told apart
-    (P8, 0.71, 0.0051, 2.0, 0.0, P8),                         # 0.01 above p4, 1.96 errors
-    (P8, 0.71, 0.0049, 2.0, 0.0, P4),                         # 0.01 above p4, 2.04 errors
-    (P8, 1.50, 0.0, 2.0, 5.0, DROPPED),                       # tied with p4, and cheaper
-])
-def test_auto(now, p8, p8_sem, dropped, dropped_sem, chosen, norm2):
-    """CA-MSE: p4 1, p8 0.3 + its bias^2, p8-drop0.50 0.2 + its bias^2.
-
-    All rows share one norm2, so its value does not matter, not even if it is lost in noise.
-    """
-    common = dict(progress=0.3, variance=1.0, variance_sem=0.0, norm2=norm2)
-    rows = [
-        dict(common, strategy=P4, cost=1.0, bias2=0.0, bias2_sem=0.0),
-        dict(common, strategy=P8, cost=0.3, bias2=p8, bias2_sem=p8_sem),
-        dict(common, strategy=DROPPED, cost=0.2, bias2=dropped, bias2_sem=dropped_sem),
-    ]
-    revised = revise(Schedule(((0.0, now),)), rows, 0.3, rule='ca-mse')
-    assert revised.at(0.2) == now
-    assert revised.at(0.3) == revised.at(1) == chosen
-
-
-def test_auto_goes_by_the_best_length():
-    """The gradient of p8 points the right way and is twice too long: bias^2 4 - 4 + 1 = 1.
-
-    CA-MSE is 1 + 0.3 for p8 and 1 for p4; at the best length 1 - 4 / 4.3 and 1 - 1 / 2.
-    """
-    common = dict(progress=0.3, variance=1.0, variance_sem=0.0, norm2=1.0, bias2_sem=0.0,
-                  inner_sem=0.0)
-    rows = [dict(common, strategy=P4, cost=1.0, bias2=0.0, mean2=1.0, inner=1.0),
-            dict(common, strategy=P8, cost=0.3, bias2=1.0, mean2=4.0, inner=2.0)]
-    assert revise(Schedule(((0.0, P4),)), rows, 0.3).at(0.3) == P8
-    assert revise(Schedule(((0.0, P8),)), rows, 0.3, rule='ca-mse').at(0.3) == P4
 
 
 # ---- the command

@@ -312,7 +312,7 @@ def test_patch_branch_query_renders_each_branch_at_its_own_side(run, capsys):
     assert 1 < line['units'] / 16 < 1 + 3 * 3 / 17
 
 
-# ---------------------------------------------------------------- gradient errors and auto
+# ---------------------------------------------------------------- gradient errors
 
 GRADSTATS = ['--probe-batches', 4, '--grid', 'p8,p4-drop0.50', '--metric', 'euclidean']
 
@@ -356,39 +356,6 @@ def test_probe_gradient_is_that_of_a_training_step(run, monkeypatch, tiny_fashio
     assert seen == [True]
 
 
-AUTO = ['--schedule', 'auto', '--grid', 'p8', '--batch-size', 4, '--budget', 0.0006]
-
-
-@pytest.fixture
-def larger_share(monkeypatch):
-    """A quarter of the budget for auto's measurement, so that the run can be short."""
-    monkeypatch.setattr(train, 'AUTO_SHARE', 0.25)
-
-
-def test_auto_measures_within_its_share_and_pays(run, larger_share):
-    """A quarter of 600 units is 150. Four batches of 4 under p4, p8 and, since it is in use,
-    p8-drop0.50 cost 16 x (4.04 + about 1.4 + 1.1) = 105: one measurement of them, half way.
-    """
-    folder = run(*AUTO, '--name', 'a', '--eval-every', 0) / 'a'
-    rows = rows_of(folder)
-    assert [row['strategy'] for row in rows] == ['p4', 'p8', 'p8-drop0.50']
-    assert {(row['progress'], row['num_batches'], row['metric']) for row in rows} == {
-        (0.5, 4, 'adam')}
-    paid = sum(4 * row['num_batches'] * row['cost'] * 4.043 for row in rows)
-    assert 90 < paid <= 150
-    steps = steps_of(folder)
-    jumps = [b['units'] - a['units'] for a, b in zip(steps, steps[1:])]
-    assert max(jumps) == pytest.approx(paid + jumps[-1], rel=1e-3)
-    chosen = train.Schedule.parse(read(folder / 'checkpoint.pt')['state']['schedule'])
-    assert steps[-1]['query'] == str(chosen.at(1.0))
-
-
-def test_auto_that_cannot_pay_says_so(run, capsys):
-    folder = run('--schedule', 'auto', '--budget', 0.0005, '--name', 'a', '--eval-every', 0) / 'a'
-    assert 'cannot pay for measuring' in capsys.readouterr().out
-    assert {line['query'] for line in steps_of(folder)} == {'p8-drop0.50'}
-
-
 # ---------------------------------------------------------------- resume
 
 @pytest.mark.parametrize('flags', [
@@ -402,14 +369,6 @@ def test_resume_is_bit_exact(run, flags):
     run(*flags, '--name', 'parts', '--max-steps', 9)
     run('--resume', runs / 'parts', small=False)
     assert len(steps_of(runs / 'whole')) > 15
-    assert_same_run(runs / 'whole', runs / 'parts')
-
-
-def test_auto_resumes_bit_exactly_from_the_step_that_measured(run, larger_share):
-    runs = run(*AUTO, '--name', 'whole', '--eval-every', 0.1)
-    step = rows_of(runs / 'whole')[0]['step']
-    run(*AUTO, '--name', 'parts', '--eval-every', 0.1, '--max-steps', step)
-    run('--resume', runs / 'parts', small=False)
     assert_same_run(runs / 'whole', runs / 'parts')
 
 
