@@ -75,7 +75,7 @@ def pick_device(name):
     if name != 'cuda':
         return torch.device(name)
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
-    processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    processes = int(os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1))
     gpus = torch.cuda.device_count()
     if processes > gpus:               # also those that have one: they would wait for the others
         raise ValueError(f'{processes} processes on this machine, but {gpus} GPU(s); lower '

@@ -127,8 +127,7 @@ def load_checkpoint(folder):
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('args'), dict):
         raise ValueError(f'{path} is no checkpoint of train.py')
     if 'state' not in checkpoint or 'schedule' in checkpoint['state']:
-        raise ValueError(f'{path} is of an earlier version, which had other units and flags; '
-                         f'finish it with that version')
+        raise ValueError(f'{path} is of an earlier version; finish it with that version')
     return checkpoint
 
 

@@ -19,7 +19,7 @@ The sum over p and the cost that never falls are our choice. So are the ties: wh
 cannot tell from the best counts as equal to it, and the cheaper one wins.
 
 Here c(tau) is the sample cost relative to the uncompressed one. RULES holds a second rule, ours:
-best-length foretells better what trains best (experiments/predict.py).
+best-length foretells the uncompressed loss better, 20-NN no better (experiments/predict.py).
 
     python schedule.py runs/NAME/gradstats.jsonl       # the table, the path, what it predicts
 

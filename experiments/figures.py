@@ -81,8 +81,7 @@ def draw_panel(axis, records, dataset):
     random = random_score(records, dataset)
     if random:
         axis.axhline(random, color='0.4', linestyle=':', label='random network')
-    budgets = {record['budget'] for record in records
-               if (record['dataset'], record['study']) == (dataset, 'headline')}
+    budgets = {budget for by_budget in runs.values() for budget in by_budget}
     if budgets:
         axis.set_xscale('log')
         axis.set_xticks([1e6 * budget for budget in budgets], [f'{b:g}' for b in budgets])

@@ -111,7 +111,7 @@ def train_on(run, strategy, share):
     schedule = Schedule.parse(strategy)
     step_cost = run.plan.cost[schedule.at(0)] * run.args.batch_size
     steps = round(share * run.plan.budget / step_cost)
-    run.state.schedule = str(schedule)
+    run.plan.schedule = schedule
     run.args.max_steps = run.state.step + max(1, steps)
     with silent():
         status = train.train(run)

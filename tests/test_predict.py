@@ -149,6 +149,15 @@ def test_run_goes_on_where_it_was_stopped(results, tmp_path, tiny_fashion, monke
     flags = '--batch-size 16 --arch 16,1,1 --hidden 16'
     monkeypatch.setitem(predict.VARIANTS, 'default', flags.split())
     monkeypatch.chdir(tmp_path)
+    trained = set()
+    loss_of = predict.train.loss_of
+
+    def spy(run, model, images, tau, *key):
+        if isinstance(key[0], int):            # the key of a training step
+            trained.add(str(tau))
+        return loss_of(run, model, images, tau, *key)
+
+    monkeypatch.setattr(predict.train, 'loss_of', spy)
     results.unlink()
     command = ['run', '--datasets', 'fashion_mnist', '--data-root', str(tiny_fashion),
                '--seeds', '0', '--budget', '0.0005']
@@ -156,6 +165,7 @@ def test_run_goes_on_where_it_was_stopped(results, tmp_path, tiny_fashion, monke
     text = results.read_text()
     lines = text.splitlines(keepends=True)
     assert len(lines) == 4
+    assert trained == {'p8-drop0.50', 'p4', 'p16'}
     assert [state.point for state in predict.read_states()] == [0.2, 0.5]
 
     first = json.loads(lines[0])
