@@ -117,7 +117,7 @@ STUDIES = dict(
         ('fashion_mnist',), (0.08, 1.28)),
     recipe=Study(
         [Row('moco', schedule, *recipe) for recipe in RECIPES for schedule in ('none', 'p8')],
-        ('cifar10', 'fashion_mnist'), (0.08,), seeds=(0,)),
+        DATASETS, (0.08, 0.32), seeds=(0,)),
     gpu=Study(
         [Row('moco', schedule, *VIT_TINY) for schedule in ('none', 'p8-drop0.50')],
         ('cifar10',), (1.0, 4.0, 16.0), seeds=(0,)),
