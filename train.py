@@ -318,7 +318,7 @@ def build_method(args, encoder):
 
 def build_views(args):
     """The recipe of the method, at the nominal sides."""
-    views = recipe(args.method, args.img_size, args.local_crops, args.local_size or 0)
+    views = recipe(args.method, args.img_size, args.local_crops, args.local_size)
     if args.crop_scale:
         views[:2] = [dataclasses.replace(view, scale=(args.crop_scale, 1.0)) for view in views[:2]]
     return views
@@ -338,11 +338,10 @@ def build_schedule(args):
 def build_grid(args):
     """The strategies whose gradient is measured, the uncompressed one first."""
     base = Compression(args.patch_size)
-    sizes = [times * args.patch_size for times in (1, 2, 4)]
-    grid = [Compression(p, rate) for p in sizes if p <= args.img_size for rate in (0.0, 0.5)]
     if args.grid:
-        grid = [Compression.parse(text) for text in args.grid]
-    return list(dict.fromkeys([base, *grid]))
+        return list(dict.fromkeys([base, *map(Compression.parse, args.grid)]))
+    sizes = [times * args.patch_size for times in (1, 2, 4)]
+    return [Compression(p, rate) for p in sizes if p <= args.img_size for rate in (0.0, 0.5)]
 
 
 def build_optimizer(method, args, device):

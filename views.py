@@ -80,10 +80,10 @@ class View:
         return replace(self, side=side, blur_sigma=sigma)
 
 
-def recipe(method, side, local_crops=0, local_side=0):
+def recipe(method, side, local_crops=0, local_side=None):
     """The list of Views of a method: 'moco', 'simclr' or 'dino'. Only 'dino' has local crops.
 
-    local_side: 0 means DINO's share of the side, 96 of 224.
+    local_side: None means DINO's share of the side, 96 of 224.
     Below 64 px the crops are larger and nothing is blurred. This is our choice: 8 % of an image
     of 32 px is a square of 9 pixels.
     """

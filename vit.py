@@ -20,6 +20,7 @@ Parameters are named and shaped as in timm, so weights move to and from timm, Mo
 they are.
 """
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn as nn
@@ -29,20 +30,27 @@ from einops import rearrange, repeat
 from compress import drop_tokens, pi_resize, random_keep, resize_pos_embed
 
 
-def sincos_table(h, w, dim, base_grid=None, device=None):
+def sincos_table(h, w, dim, base_grid=None):
     """MoCo-v3's fixed table (1 h*w dim): [sin(i f), cos(i f), sin(j f), cos(j f)], row i, column j.
 
     With base_grid (H, W) the table is evaluated at this grid's patch centres in units of the base
     grid, i = (row + 0.5) H / h - 0.5: a place in the image has the same code at every patch size.
     """
     base_h, base_w = base_grid or (h, w)
-    frequencies = 1.0 / 10000 ** (torch.arange(dim // 4, device=device) / (dim // 4))
-    rows = (torch.arange(h, device=device) + 0.5) * (base_h / h) - 0.5
-    cols = (torch.arange(w, device=device) + 0.5) * (base_w / w) - 0.5
+    frequencies = 1.0 / 10000 ** (torch.arange(dim // 4) / (dim // 4))
+    rows = (torch.arange(h) + 0.5) * (base_h / h) - 0.5
+    cols = (torch.arange(w) + 0.5) * (base_w / w) - 0.5
     row_angles = repeat(torch.outer(rows, frequencies), 'h f -> (h w) f', w=w)
     col_angles = repeat(torch.outer(cols, frequencies), 'w f -> (h w) f', h=h)
     waves = [row_angles.sin(), row_angles.cos(), col_angles.sin(), col_angles.cos()]
     return torch.cat(waves, dim=1)[None]
+
+
+@lru_cache(maxsize=None)
+def table_on(h, w, dim, base_grid, device, dtype):
+    """sincos_table on a device: made once, and on the CPU, so that a GPU has the same bits."""
+    with torch.inference_mode(False), torch.device('cpu'):
+        return sincos_table(h, w, dim, base_grid).to(device, dtype)
 
 
 class Attention(nn.Module):
@@ -169,8 +177,8 @@ class ViT(nn.Module):
         if grid == self.base_grid:
             return self.pos_embed[:, 1:]
         if self.config['pos_embed'] == 'sincos':
-            table = sincos_table(*grid, self.embed_dim, self.base_grid, self.pos_embed.device)
-            return table.to(self.pos_embed.dtype)
+            return table_on(*grid, self.embed_dim, self.base_grid, self.pos_embed.device,
+                            self.pos_embed.dtype)
         return resize_pos_embed(self.pos_embed[:, 1:], self.base_grid, grid)
 
     def forward_tokens(self, images, patch_size=None, drop_rate=0.0, generator=None):

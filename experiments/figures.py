@@ -72,8 +72,8 @@ def draw_panel(axis, records, dataset):
         units, accuracy, _ = base[-1]
         best = min(curves, key=lambda name: reached_at(curves[name], accuracy))
         end = reached_at(curves[best], accuracy)
-        factors = speed_ups(runs['none'], runs[best], max(runs['none']), 'units')
         if end < math.inf:
+            factors = speed_ups(runs['none'], runs[best], max(runs['none']), 'units')
             text = f'{speed_up_text(factors)} x less'
             draw_speed_up(axis, units, end, accuracy, text, LOOKS[best]['color'])
     axis.set(title=TITLES[dataset], xlabel='budget, million units')

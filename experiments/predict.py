@@ -378,9 +378,6 @@ def own_truth(state, states, truth):
 
 
 CONSTANT = 'baseline: constant order'
-OF_DATA_SET = 'baseline: constant order, this data set'
-CHEAPEST = 'baseline: cheapest first'
-DEAREST = 'baseline: most expensive first'
 CEILING = 'ceiling: the truth of one seed'
 PREDICTORS = {
     'CA-MSE, Euclidean': partial(rule, 'ca-mse', 'euclidean'),
@@ -392,10 +389,10 @@ PREDICTORS = {
     'rollout, student': partial(rollout, 'student'),
     'rollout, EMA teacher': partial(rollout, 'teacher'),
     CONSTANT: partial(constant_order, same='group'),
-    OF_DATA_SET: order_of_data_set,
+    'baseline: constant order, this data set': order_of_data_set,
     'baseline: of the other data set': partial(constant_order, same='dataset'),
-    CHEAPEST: cheapest_first,
-    DEAREST: dearest_first,
+    'baseline: cheapest first': cheapest_first,
+    'baseline: most expensive first': dearest_first,
     CEILING: own_truth,
 }
 

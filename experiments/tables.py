@@ -225,39 +225,33 @@ def points_lost(long, schedule, seed):
     return max(means.values()) - means[schedule]
 
 
-def pilot_choices(records, dataset, rows):
-    """[(short budget or None, [(schedule, points that it loses) for each seed]), ...].
+def pilot_table(records, dataset, rows):
+    """Each seed chooses the constant strategy whose short run has the best 20-NN.
 
-    Each seed chooses the constant strategy whose short run has the best 20-NN. None: the same one
-    always, without a short run. The long runs are those of the largest budget with at least two
-    seeds of all constant strategies.
+    Then the same one always. The long runs that judge are those of the largest budget with at least
+    two seeds of all constant strategies.
     """
     scores = constant_scores(records, dataset, rows)
     most = max(map(len, scores.values()), default=0)
     complete = [budget for budget, finals in scores.items()
                 if len(finals) == most and min(map(len, finals.values())) > 1]
     if not complete:
-        return []
+        return ''
     long = scores[max(complete)]
-    choices = []
-    for budget in sorted(scores):
-        short = scores[budget]
+
+    def line(short, chosen):
+        """chosen: {seed: schedule}"""
+        lost = [points_lost(long, schedule, seed) for seed, schedule in chosen.items()]
+        return [short, ', '.join(chosen.values()), ', '.join(f'{points:.1f}' for points in lost)]
+
+    lines = []
+    for budget, short in sorted(scores.items()):
         if budget < max(complete) and len(short) > 1:
             seeds = sorted(set.intersection(*map(set, short.values())))
-            chosen = [max(short, key=lambda name: short[name][seed]) for seed in seeds]
-            lost = [points_lost(long, name, seed) for name, seed in zip(chosen, seeds)]
-            choices.append((budget, list(zip(chosen, lost))))
-    for name, final in long.items():
-        choices.append((None, [(name, points_lost(long, name, seed)) for seed in sorted(final)]))
-    return choices
-
-
-def pilot_table(records, dataset, rows):
-    lines = []
-    for budget, chosen in pilot_choices(records, dataset, rows):
-        short = 'always' if budget is None else f'{budget:g}'
-        names = ', '.join(name for name, _ in chosen)
-        lines.append([short, names, ', '.join(f'{lost:.1f}' for _, lost in chosen)])
+            best = {seed: max(short, key=lambda name: short[name][seed]) for seed in seeds}
+            lines.append(line(f'{budget:g}', best))
+    for schedule, final in long.items():
+        lines.append(line('always', dict.fromkeys(sorted(final), schedule)))
     return markdown(['short run, M', 'chosen, by each seed', 'points lost'], lines)
 
 

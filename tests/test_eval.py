@@ -200,6 +200,7 @@ def test_finetuning_learns_a_small_set_by_heart(fashion):
     assert 2 < losses[0] < 3                                                  # ln 10 = 2.3
     assert losses[-1] < 0.1
     assert torch.equal(model.head(features).argmax(dim=1), labels)
+    assert not encoder.pos_embed.requires_grad
     tuned = model.encoder.state_dict()
     for key, value in encoder.state_dict().items():
         assert torch.equal(value, before[key])

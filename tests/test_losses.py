@@ -17,6 +17,7 @@ from methods import METHODS, STEPS, build, one_step, views_of, worker
 from torch._subclasses import FakeTensorMode
 
 import compress
+import vit
 from gradstats import unchanged
 from losses import (DINOHead, check_branches, dino_loss, ema_update, info_nce, mlp_head, monitors,
                     nt_xent)
@@ -343,6 +344,7 @@ def no_cached_matrices():
     def clear():
         compress.resize_matrix.cache_clear()
         compress._pi_matrix.cache_clear()
+        vit.table_on.cache_clear()
 
     clear()
     yield
