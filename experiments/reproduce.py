@@ -7,6 +7,7 @@
 
 headline    MoCo-v3 over budgets: uncompressed, under two constant strategies,
             and relaxed half way
+tuned       the same, the uncompressed runs with the batches that suit them best
 objectives  MoCo-v3, SimCLR and DINO, uncompressed and compressed
 schedules   when to relax the compression: never, in stages, by the drop rate
             alone
@@ -40,12 +41,13 @@ from pathlib import Path
 
 import torch
 
-from tables import RESULTS, ROOT, collect, finished, read_log, write_page
+from tables import RESULTS, ROOT, collect, finished, read_log, scores_of, write_page
 from commandline import Parser, count, count_or_zero, fail, positive
 
 RUNS = Path('runs')
 TRAIN = [sys.executable, str(ROOT / 'train.py')]
-EVAL = [sys.executable, str(ROOT / 'eval.py'), '--protocol', 'linear', 'finetune']
+EVAL = [sys.executable, str(ROOT / 'eval.py'), '--protocol']
+PROTOCOLS = (('linear',), ('finetune', '--limit', '10000'))
 DATASETS = ('shapes', 'fashion_mnist', 'cifar10')
 GPU_MINUTES = 9
 
@@ -69,13 +71,14 @@ class Study:
     seeds: tuple = (0, 1, 2)           # from 1 M units on, the first two
 
 
+BATCH_64 = ('batch64', ('--batch-size', '64'))
 POLYNOMIAL = ('polynomial', ('--lr-schedule', 'polynomial'))
 VIT_TINY = ('vit_tiny', ('--arch', 'vit_tiny', '--batch-size', '512', '--lr', '5e-4', '--compile'))
 RECIPES = (
     (),                                # variant and flags of the defaults
     ('crop0.4', ('--crop-scale', '0.4')),
     ('crop0.6', ('--crop-scale', '0.6')),
-    ('batch64', ('--batch-size', '64')),
+    BATCH_64,
     ('batch256', ('--batch-size', '256')),
     ('crop0.4-batch64', ('--crop-scale', '0.4', '--batch-size', '64')),
     ('temperature0.1', ('--temperature', '0.1')),
@@ -101,6 +104,9 @@ STUDIES = dict(
     headline=Study(
         [Row('moco', schedule) for schedule in ('none', 'p8', 'p8-drop0.50', DYNAMIC)],
         DATASETS, (0.02, 0.04, 0.08, 0.32, 1.28)),
+    tuned=Study(
+        [Row('moco', 'none', *BATCH_64), Row('moco', 'p8'), Row('moco', 'p8-drop0.50')],
+        DATASETS, (0.32,)),
     objectives=Study(
         [Row(method, schedule)
          for method in ('moco', 'simclr', 'dino') for schedule in ('none', 'p8-drop0.50')],
@@ -114,7 +120,7 @@ STUDIES = dict(
     decay=Study(
         [Row('moco', schedule, *decay)
          for schedule in ('none', 'p8-drop0.50') for decay in ((), POLYNOMIAL)],
-        ('fashion_mnist',), (0.08, 1.28)),
+        ('fashion_mnist',), (0.08, 0.32)),
     recipe=Study(
         [Row('moco', schedule, *recipe) for recipe in RECIPES for schedule in ('none', 'p8')],
         DATASETS, (0.08, 0.32), seeds=(0,)),
@@ -280,10 +286,12 @@ def run_study(args):
     if args.eval:
         commands = {}
         for run in runs:
-            if not (run.folder / 'eval.jsonl').exists():
-                weights = str(run.folder / 'backbone.pt')
-                flags = dataset_flags(run.dataset, args.data_root)
-                commands[run.name] = [*EVAL, '--weights', weights, *flags]
+            weights = str(run.folder / 'backbone.pt')
+            flags = dataset_flags(run.dataset, args.data_root)
+            for protocol in PROTOCOLS:
+                if protocol[0] not in scores_of(run.folder):
+                    command = [*EVAL, *protocol, '--weights', weights, *flags]
+                    commands[f'{run.name}, {protocol[0]}'] = command
         for _ in run_jobs(commands, args.jobs):
             pass                       # eval.py writes the scores beside the weights
 
@@ -351,7 +359,8 @@ def parse_args(argv):
                          help='runs at a time; with more than one, each has one thread')
     command.add_argument('--data-root', default='data', help='folder of the data sets')
     command.add_argument('--eval', action='store_true',
-                         help='then score each by a linear classifier and by fine-tuning (eval.py)')
+                         help='then score each by a linear classifier, and by fine-tuning on '
+                              '10,000 images (eval.py)')
     command.add_argument('--dry-run', action='store_true', help='print the commands')
     command.set_defaults(action=run_study)
 

@@ -67,11 +67,18 @@ def record_of(folder):
     record['strategies'] = {}
     for line in steps:
         record['strategies'].setdefault(line['query'], round(line['progress'], 3))
-    path = folder / 'eval.jsonl'
-    if path.exists():
-        lines = map(json.loads, path.read_text().splitlines())
-        record['eval'] = {line['name']: round(line['score'], 2) for line in lines}
+    scores = scores_of(folder)
+    if scores:
+        record['eval'] = scores
     return record
+
+
+def scores_of(folder):
+    """{protocol: score} of eval.py, in percent."""
+    path = folder / 'eval.jsonl'
+    if not path.exists():
+        return {}
+    return {line['name']: round(line['score'], 2) for line in read_lines(path)}
 
 
 def collect(runs, path):
@@ -377,7 +384,7 @@ def write_page(studies, path):
              if (path.parent / name).exists()]
     random = {TITLES[dataset]: random_score(records, dataset) for dataset in TITLES}
     random = [f'{title} {score:.1f} %' for title, score in random.items() if score]
-    compared = {name: studies[name] for name in ('headline', 'objectives', 'gpu')}
+    compared = {name: studies[name] for name in ('headline', 'tuned', 'objectives', 'gpu')}
     page = [
         INTRODUCTION,
         f'20-NN of the network before training: {", ".join(random)}.',

@@ -174,6 +174,26 @@ def test_finished_runs_are_skipped_and_collected_once(stub, capsys):
     assert len(lines) == 4 and lines[0]['eval'] == {'linear': 61.23}
 
 
+def test_eval_scores_each_run_once(stub, monkeypatch):
+    """A stub of eval.py writes how many arguments came between its protocol and the weights."""
+    script = stub / 'stub_eval.py'
+    script.write_text("""
+import json, pathlib, sys
+protocol, flags = sys.argv[1], sys.argv[2:]
+weights = pathlib.Path(flags[flags.index('--weights') + 1])
+with weights.with_name('eval.jsonl').open('a') as file:
+    line = dict(name=protocol, score=flags.index('--weights'))
+    file.write(json.dumps(line) + chr(10))
+""")
+    monkeypatch.setattr(reproduce, 'EVAL', [sys.executable, str(script)])
+    for _ in range(2):
+        headline('--seeds 0 --eval')
+    assert len(list(stub.glob('runs/*/eval.jsonl'))) == 4
+    for path in stub.glob('runs/*/eval.jsonl'):
+        assert len(path.read_text().splitlines()) == 2
+        assert tables.scores_of(path.parent) == {'linear': 0, 'finetune': 2}   # --limit 10000
+
+
 def test_failure_is_one_line_and_cancels_the_rest(stub, capsys):
     with pytest.raises(SystemExit):
         headline('--seeds 1 0')
