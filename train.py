@@ -53,14 +53,15 @@ from vit import SIZES, Block, ViT
 from weights import load_backbone, save
 
 # What the three methods do differently: their papers' constants, but for sizes, batch, learning
-# rate and DINO's momentum, which are ours for small images and short runs. DINO needs no large
-# batch, since its loss is not contrastive, but many steps, since its teacher moves little at each.
+# rate and DINO's momentum and temperature, which are ours for small images and short runs. DINO
+# needs no large batch, since its loss is not contrastive, but many steps, since its teacher moves
+# little at each. With DINO's own 0.1 the outputs became uniform (see dino_loss).
 METHODS = dict(
     moco=dict(out_dim=256, temperature=0.2, momentum=0.99, batch_size=128, lr=2e-3,
               weight_decay=0.1),
     simclr=dict(out_dim=256, temperature=0.1, momentum=0.0, batch_size=128, lr=4e-3,
                 weight_decay=0.1),
-    dino=dict(out_dim=1024, temperature=0.1, momentum=0.98, batch_size=32, lr=2e-3,
+    dino=dict(out_dim=1024, temperature=0.4, momentum=0.98, batch_size=32, lr=2e-3,
               weight_decay=0.04),
 )
 DINO_WEIGHT_DECAY_END = 0.4                          # DINO main_dino.py; the others keep theirs

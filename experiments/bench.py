@@ -1,20 +1,24 @@
-"""Speed tables: views, training steps by strategy, the encoder against timm.
+"""Speed tables: views, training steps, the encoder against timm, whole runs.
 
-    python experiments/bench.py              # all, about 6 minutes on 2 cores
+    python experiments/bench.py              # all, about 12 minutes on 2 cores
     python experiments/bench.py views step
 
-What is compared runs in turns in one process. The numbers are medians, the
-ratios those of medians.
+What is compared runs in turns, in one process but for the whole runs. The
+numbers are medians, the ratios those of medians.
 """
 import argparse
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 import torchvision.transforms as T
 from torchvision.transforms.functional import to_pil_image
 
-from tables import ROOT  # noqa: F401 (makes the project importable from this folder)
+from tables import ROOT, read_log
 import losses
 from commandline import Parser, fail, pick_device
 from compress import Compression
@@ -160,10 +164,33 @@ def encoder(device):
               f'{ratio:.2f} |', flush=True)
 
 
+def runs(device):
+    """Whole runs of train.py with its default network: how long a unit takes under a schedule."""
+    schedules = ('none', 'p8', 'p8-drop0.50')
+    times = {(method, schedule): [] for method in ('moco', 'simclr', 'dino')
+             for schedule in schedules}
+    for _ in range(3):
+        for method, schedule in times:
+            command = [sys.executable, str(ROOT / 'train.py'), '--method', method,
+                       '--schedule', schedule, '--budget', '0.02', '--eval-every', '0',
+                       '--device', device.type, '--name', 'a']
+            with tempfile.TemporaryDirectory() as folder:
+                subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+                steps, _ = read_log(Path(folder) / 'runs' / 'a')
+            times[method, schedule].append(1e3 * steps[-1]['seconds'] / steps[-1]['units'])
+    print('\n| method | schedule | ms / unit, three runs | median | relative |')
+    print('|---|---|---|---|---|')
+    for (method, schedule), values in times.items():
+        median = statistics.median(values)
+        relative = median / statistics.median(times[method, 'none'])
+        listed = ', '.join(f'{value:.3f}' for value in values)
+        print(f'| {method} | {schedule} | {listed} | {median:.3f} | {relative:.2f} |', flush=True)
+
+
 def main(argv=None):
-    all_tables = dict(views=views, step=step, encoder=encoder)
+    all_tables = dict(views=views, step=step, encoder=encoder, runs=runs)
     parser = Parser(__doc__)
-    parser.add_argument('tables', nargs='*', metavar='TABLE', help='views, step, encoder')
+    parser.add_argument('tables', nargs='*', metavar='TABLE', help='views, step, encoder, runs')
     parser.add_argument('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'))
     args = parser.parse_args(argv)
     unknown = [name for name in args.tables if name not in all_tables]

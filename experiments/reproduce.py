@@ -91,7 +91,8 @@ MOCO_V3 = ('--lr', '1.5e-4', '--batch-size', '4096', '--hidden', '4096', '--warm
            '--freeze-patch-embed')
 SLIP = ('--lr', '2e-4', '--batch-size', '4096', '--hidden', '4096')
 DINO_V1 = ('--lr', '5e-4', '--batch-size', '1024', '--hidden', '2048', '--out-dim', '65536',
-           '--local-crops', '8', '--local-size', '96', '--momentum', '0.996')
+           '--local-crops', '8', '--local-size', '96', '--momentum', '0.996',
+           '--temperature', '0.1')
 SOLVED = 'p16-drop0.50@0,p16@0.1,p8-drop0.50@0.25'   # schedule.py on results/gradstats.jsonl
 RELAXED = 'p30-drop0.50@0,p30@0.5,p16@0.9'
 DYNAMIC = 'p8-drop0.50@0,p8@0.5'       # strong compression first, relaxed half way
@@ -110,7 +111,7 @@ STUDIES = dict(
     objectives=Study(
         [Row(method, schedule)
          for method in ('moco', 'simclr', 'dino') for schedule in ('none', 'p8-drop0.50')],
-        DATASETS, (0.08, 0.32)),
+        DATASETS, (0.02, 0.04, 0.08, 0.32)),
     schedules=Study(
         [Row('moco', schedule) for schedule in ('none', 'p8', 'p8-drop0.50', *STAGES)],
         ('shapes', 'fashion_mnist'), (0.08, 0.16, 0.32)),

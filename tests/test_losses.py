@@ -81,6 +81,23 @@ def test_dino_loss_and_center_equal_lightly():
         assert error(center, theirs.center.reshape(1, 64)) < 1e-6
 
 
+def test_small_logits_of_dino_are_amplified_by_the_ratio_of_temperatures():
+    """Teachers are a pattern that the student can foretell and noise that it cannot. The gradient
+    vanishes at 0.4 / 0.04 times the pattern, but for products of the logits over 0.04.
+    """
+    pattern, = 1e-4 * torch.randn(1, 16, dtype=torch.float64)
+    noise = 1e-4 * torch.randn(500, 16, dtype=torch.float64)
+    teacher = pattern - pattern.mean() + noise - noise.mean(dim=0)
+    slopes = []
+    for scale in (0.0, 10.0):
+        student = (scale * pattern).expand(500, -1).requires_grad_()
+        loss = dino_loss([student, student], [teacher], torch.zeros(1, 16, dtype=torch.float64),
+                         teacher_temp=0.04, student_temp=0.4)
+        gradient, = torch.autograd.grad(loss, student)
+        slopes.append(gradient.sum(dim=0).norm())
+    assert slopes[1] < 0.01 * slopes[0]
+
+
 def test_autocast_does_not_change_a_loss():
     q, k = torch.randn(2, 8, 16)
     for loss in (info_nce, nt_xent):

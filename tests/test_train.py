@@ -213,7 +213,7 @@ def dino_loss_by_hand(method, images, data, center, temperature, key):
         views.append(normalize(image, data.mean, data.std))
     teacher = [method.teacher_head(method.teacher(view)).detach() for view in views[:2]]
     student = [method.student_head(method.student(view)) for view in views]
-    return dino_loss(student, teacher, center, temperature, 0.1), torch.cat(teacher)
+    return dino_loss(student, teacher, center, temperature, 0.4), torch.cat(teacher)
 
 
 def adamw_by_hand(parameter, gradient, moments, lr, decay):
