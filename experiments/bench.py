@@ -166,9 +166,10 @@ def encoder(device):
 
 def runs(device):
     """Whole runs of train.py with its default network: how long a unit takes under a schedule."""
-    schedules = ('none', 'p8', 'p8-drop0.50')
-    times = {(method, schedule): [] for method in ('moco', 'simclr', 'dino')
-             for schedule in schedules}
+    times = {(method, schedule): [] for method, schedule in (
+        ('moco', 'none'), ('moco', 'p8'), ('moco', 'p8-drop0.50'),
+        ('simclr', 'none'), ('simclr', 'p8-drop0.50'),
+        ('dino', 'none'), ('dino', 'p8-drop0.50'))}
     for _ in range(3):
         for method, schedule in times:
             command = [sys.executable, str(ROOT / 'train.py'), '--method', method,
