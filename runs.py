@@ -272,7 +272,8 @@ def collapse_warning(metrics, outputs):
         return None
     entropy = metrics['teacher_entropy']
     if entropy > 0.999 * math.log(outputs):
-        return "the teacher's outputs are uniform: collapsed. Raise --temperature, or lower --lr"
+        return ("the teacher's outputs are uniform: collapsed. Raise --temperature (of the "
+                "student), or lower --lr")
     if entropy < 0.01:
         return 'the teacher gives every image one and the same output: collapsed. Lower --lr'
     return None

@@ -175,7 +175,8 @@ def build_parser():
                        help='hidden width of the heads (MoCo-v3: 4096, DINO: 2048)')
     group.add_argument('--out-dim', type=number(int, 1, 10 ** 7),
                        help='outputs of the heads (DINO: 65536)')
-    group.add_argument('--temperature', type=positive, help='of the loss; DINO: of the student')
+    group.add_argument('--temperature', type=positive,
+                       help='of the loss; DINO: of the student (official: 0.1)')
     group.add_argument('--symmetric', action='store_true',
                        help='MoCo-v3: each view is the query once (doubles the cost)')
     group.add_argument('--momentum', type=rate,

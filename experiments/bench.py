@@ -3,7 +3,7 @@
     python experiments/bench.py              # all, about 12 minutes on 2 cores
     python experiments/bench.py views step
 
-What is compared runs in turns, in one process but for the whole runs. The
+What is compared runs in turns; whole runs are processes of their own. The
 numbers are medians, the ratios those of medians.
 """
 import argparse
@@ -165,7 +165,10 @@ def encoder(device):
 
 
 def runs(device):
-    """Whole runs of train.py with its default network: how long a unit takes under a schedule."""
+    """Whole runs of train.py with its default network: how long a unit takes under a schedule.
+
+    The first steps, which are slow, count.
+    """
     times = {(method, schedule): [] for method, schedule in (
         ('moco', 'none'), ('moco', 'p8'), ('moco', 'p8-drop0.50'),
         ('simclr', 'none'), ('simclr', 'p8-drop0.50'),
@@ -174,10 +177,10 @@ def runs(device):
         for method, schedule in times:
             command = [sys.executable, str(ROOT / 'train.py'), '--method', method,
                        '--schedule', schedule, '--budget', '0.02', '--eval-every', '0',
-                       '--device', device.type, '--name', 'a']
+                       '--device', device.type, '--name', 'run']
             with tempfile.TemporaryDirectory() as folder:
                 subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-                steps, _ = read_log(Path(folder) / 'runs' / 'a')
+                steps, _ = read_log(Path(folder) / 'runs' / 'run')
             times[method, schedule].append(1e3 * steps[-1]['seconds'] / steps[-1]['units'])
     print('\n| method | schedule | ms / unit, three runs | median | relative |')
     print('|---|---|---|---|---|')
@@ -203,7 +206,10 @@ def main(argv=None):
         fail(f'bench.py: error: {error}')
     print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads')
     for name in args.tables or all_tables:
-        all_tables[name](device)
+        try:
+            all_tables[name](device)
+        except subprocess.CalledProcessError as error:
+            fail(f'bench.py: error: {error}')
 
 
 if __name__ == '__main__':

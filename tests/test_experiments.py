@@ -126,7 +126,8 @@ def test_page_has_index_speed_up_and_scores(two_seeds):
     page = two_seeds.with_name('README.md').read_text()
     assert '- [runs.jsonl](runs.jsonl)' in page
     assert 'before training: shapes 30.0 %' in page
-    assert f'| moco | {DYNAMIC} | 1.28 | 47.50 +- 3.54 | 2 | 9.7 +- 2.3 | 4.8 +- 1.2 |' in page
+    speed_up = '1.28 | 47.50 +- 3.54 | 2 | 9.7 +- 2.3 | 4.8 +- 1.2 |'
+    assert f'| moco | {DYNAMIC} | none | {speed_up}' in page
     assert '| moco | none | 1.28 | 2 | 1,000 +- 0 | 1,280 +- 0 | 47.50 +- 3.54 |' in page
     assert '`python experiments/reproduce.py run headline --datasets shapes`' in page
 
@@ -174,24 +175,28 @@ def test_finished_runs_are_skipped_and_collected_once(stub, capsys):
     assert len(lines) == 4 and lines[0]['eval'] == {'linear': 61.23}
 
 
-def test_eval_scores_each_run_once(stub, monkeypatch):
-    """A stub of eval.py writes how many arguments came between its protocol and the weights."""
+def test_eval_gives_each_run_the_scores_that_it_lacks(stub, monkeypatch):
+    """A stub of eval.py; one run has a linear score already."""
     script = stub / 'stub_eval.py'
     script.write_text("""
 import json, pathlib, sys
 protocol, flags = sys.argv[1], sys.argv[2:]
 weights = pathlib.Path(flags[flags.index('--weights') + 1])
 with weights.with_name('eval.jsonl').open('a') as file:
-    line = dict(name=protocol, score=flags.index('--weights'))
-    file.write(json.dumps(line) + chr(10))
+    file.write(json.dumps(dict(name=protocol, score=50, flags=flags)) + chr(10))
 """)
     monkeypatch.setattr(reproduce, 'EVAL', [sys.executable, str(script)])
+    headline('--seeds 0')
+    halfway = stub / 'runs' / 'shapes-moco-p8-0.08M-seed0'
+    (halfway / 'eval.jsonl').write_text('{"name": "linear", "score": 70, "flags": []}\n')
     for _ in range(2):
         headline('--seeds 0 --eval')
-    assert len(list(stub.glob('runs/*/eval.jsonl'))) == 4
-    for path in stub.glob('runs/*/eval.jsonl'):
-        assert len(path.read_text().splitlines()) == 2
-        assert tables.scores_of(path.parent) == {'linear': 0, 'finetune': 2}   # --limit 10000
+    assert tables.scores_of(halfway) == {'linear': 70, 'finetune': 50}
+    for run in stub.glob('runs/*'):
+        lines = [json.loads(text) for text in (run / 'eval.jsonl').read_text().splitlines()]
+        assert [line['name'] for line in lines] == ['linear', 'finetune']
+        assert lines[1]['flags'][:2] == ['--limit', '10000']
+        assert '--limit' not in lines[0]['flags']
 
 
 def test_failure_is_one_line_and_cancels_the_rest(stub, capsys):
