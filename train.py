@@ -55,7 +55,7 @@ from weights import load_backbone, save
 # What the three methods do differently: their papers' constants, but for sizes, batch, learning
 # rate and DINO's momentum and temperature, which are ours for small images and short runs. DINO
 # needs no large batch, since its loss is not contrastive, but many steps, since its teacher moves
-# little at each. With DINO's own 0.1 the outputs became uniform (see dino_loss).
+# little at each. With DINO's own 0.1 outputs may become uniform (see dino_loss).
 METHODS = dict(
     moco=dict(out_dim=256, temperature=0.2, momentum=0.99, batch_size=128, lr=2e-3,
               weight_decay=0.1),
