@@ -1,6 +1,6 @@
 """Speed tables: views, training steps, the encoder against timm, whole runs.
 
-    python experiments/bench.py              # all, about 12 minutes on 2 cores
+    python experiments/bench.py              # all, about 15 minutes on 2 cores
     python experiments/bench.py views step
 
 What is compared runs in turns; whole runs are processes of their own. The

@@ -185,7 +185,8 @@ def runs_of(name, datasets=None, budgets=None, seeds=None):
             wanted = (*wanted, 4.0)    # once, to see what a long run changes
         for budget in budgets or wanted:
             for seed in seeds or study.seeds[:3 if budget < 1 else 2]:
-                runs += [Run(name, dataset, row, budget, seed) for row in study.rows]
+                # a row that is compared with two others stands twice
+                runs += [Run(name, dataset, row, budget, seed) for row in dict.fromkeys(study.rows)]
     return sorted(runs, key=lambda run: (run.budget, run.seed))
 
 
