@@ -9,16 +9,13 @@ numbers are medians, the ratios those of medians.
 import argparse
 import statistics
 import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 import torchvision.transforms as T
 from torchvision.transforms.functional import to_pil_image
 
-from tables import ROOT, read_log
+from reproduce import logged_steps
 import losses
 from commandline import Parser, fail, pick_device
 from compress import Compression
@@ -169,19 +166,16 @@ def runs(device):
 
     The first steps, which are slow, count.
     """
-    times = {(method, schedule): [] for method, schedule in (
-        ('moco', 'none'), ('moco', 'p8'), ('moco', 'p8-drop0.50'),
-        ('simclr', 'none'), ('simclr', 'p8-drop0.50'),
-        ('dino', 'none'), ('dino', 'p8-drop0.50'))}
+    pairs = [('moco', 'none'), ('moco', 'p8'), ('moco', 'p8-drop0.50'),
+             ('simclr', 'none'), ('simclr', 'p8-drop0.50'),
+             ('dino', 'none'), ('dino', 'p8-drop0.50')]
+    times = {pair: [] for pair in pairs}
     for _ in range(3):
-        for method, schedule in times:
-            command = [sys.executable, str(ROOT / 'train.py'), '--method', method,
-                       '--schedule', schedule, '--budget', '0.02', '--eval-every', '0',
-                       '--device', device.type, '--name', 'run']
-            with tempfile.TemporaryDirectory() as folder:
-                subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-                steps, _ = read_log(Path(folder) / 'runs' / 'run')
-            times[method, schedule].append(1e3 * steps[-1]['seconds'] / steps[-1]['units'])
+        for method, schedule in pairs:
+            flags = ['--method', method, '--schedule', schedule, '--budget', '0.02',
+                     '--device', device.type]
+            last = logged_steps(flags, stdout=subprocess.DEVNULL)[-1]
+            times[method, schedule].append(1e3 * last['seconds'] / last['units'])
     print('\n| method | schedule | ms / unit, three runs | median | relative |')
     print('|---|---|---|---|---|')
     for (method, schedule), values in times.items():
@@ -205,11 +199,11 @@ def main(argv=None):
     except ValueError as error:
         fail(f'bench.py: error: {error}')
     print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads')
-    for name in args.tables or all_tables:
-        try:
+    try:
+        for name in args.tables or all_tables:
             all_tables[name](device)
-        except subprocess.CalledProcessError as error:
-            fail(f'bench.py: error: {error}')
+    except subprocess.CalledProcessError as error:
+        fail(f'bench.py: error: {error}')
 
 
 if __name__ == '__main__':
