@@ -146,12 +146,12 @@ def crossing(points, target):
 
 
 def speed_ups(base, fast, budget, clock):
-    """(sign, ratio) for each seed, the sign '', '>' or 'not reached'.
+    """{seed: (sign, ratio)} of the seeds with shorter runs; the sign is '', '>' or 'not reached'.
 
     base, fast: {budget: {seed: record}} of the uncompressed and of the accelerated runs. budget:
     that of the uncompressed run. clock: 'units' or 'seconds'.
     """
-    outcomes = []
+    outcomes = {}
     for seed, reference in base[budget].items():
         runs = [by_seed[seed] for by_seed in fast.values() if seed in by_seed]
         if not runs or runs[0]['budget'] >= budget:
@@ -159,16 +159,17 @@ def speed_ups(base, fast, budget, clock):
         points = [(run[clock], run['knn']) for run in runs]
         x = crossing(points, reference['knn'])
         if x == math.inf:
-            outcomes.append(('not reached', 0.0))
+            outcomes[seed] = ('not reached', 0.0)
         elif x == -math.inf:
-            outcomes.append(('>', reference[clock] / points[0][0]))
+            outcomes[seed] = ('>', reference[clock] / points[0][0])
         else:
-            outcomes.append(('', reference[clock] / x))
+            outcomes[seed] = ('', reference[clock] / x)
     return outcomes
 
 
 def speed_up_text(outcomes):
     """'6.1 +- 0.4' if every seed has a number; else the bound that all share, or what each says."""
+    outcomes = outcomes.values()
     signs = {sign for sign, _ in outcomes}
     ratios = [ratio for _, ratio in outcomes]
     if signs == {''}:
@@ -200,7 +201,7 @@ def speed_up_table(records, dataset, rows):
             units = speed_ups(base, fast, budget, 'units')
             seconds = speed_ups(base, fast, budget, 'seconds')
             if units:
-                accuracy = mean_and_spread([run['knn'] for run in base[budget].values()])
+                accuracy = mean_and_spread([base[budget][seed]['knn'] for seed in units])
                 timed = all(is_timed(run) for by_seed in (base[budget], *fast.values())
                             for run in by_seed.values())
                 lines.append([row.method, label(row), against, f'{budget:g}', accuracy, len(units),

@@ -96,7 +96,16 @@ def test_crossing_is_linear_in_the_logarithm(points, target, x):
     ([('', 8.0), ('>', 16.0), ('not reached', 0.0)], '8.0, > 16.0, not reached'),
 ])
 def test_bounds_are_not_averaged(outcomes, text):
-    assert tables.speed_up_text(outcomes) == text
+    assert tables.speed_up_text(dict(enumerate(outcomes))) == text
+
+
+def test_a_seed_without_shorter_runs_is_not_compared():
+    """Seed 1 has no compressed run, so its 20 % do not enter the accuracy beside n = 1."""
+    records = [record('none', 1.28, 0, 50.0), record('none', 1.28, 1, 20.0),
+               record('p8', 0.32, 0, 50.0)]
+    rows = [reproduce.Row('moco', 'none'), reproduce.Row('moco', 'p8')]
+    line = tables.speed_up_table(records, 'shapes', rows).splitlines()[-1]
+    assert line.startswith('| moco | p8 | none | 1.28 | 50.00 | 1 | > 4.0 |')
 
 
 def test_short_runs_are_judged_by_the_long_runs_of_other_seeds():
