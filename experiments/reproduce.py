@@ -15,6 +15,7 @@ schedules   when to relax the compression: never, in stages, by the drop rate
 solved      what schedule.py makes of the gradient errors on CIFAR-10
 decay       cosine and polynomial decay of the learning rate
 recipe      one setting at a time changed, uncompressed and compressed
+dino        the same for DINO, and without local crops
 gpu         MoCo-v3 with ViT-Ti, uncompressed and compressed
 paper       ViT-B on ImageNet-1k in ROOT/imagenet, at the paper's budgets, under
             schedules of ours: never run here. In the commands that
@@ -88,6 +89,16 @@ RECIPES = (
     ('momentum0.996', ('--momentum', '0.996')),
     ('warmup0.02', ('--warmup', '0.02')),
 )
+LOCAL_0 = ('local0', ('--local-crops', '0'))
+DINO_RECIPES = (
+    ('temperature0.2', ('--temperature', '0.2')),
+    ('momentum0.9', ('--momentum', '0.9')),
+    ('momentum0.996', ('--momentum', '0.996')),
+    ('lr8e-3', ('--lr', '8e-3')),
+    ('batch128', ('--batch-size', '128')),
+    ('outdim256', ('--out-dim', '256')),
+    ('drop-both', ('--drop-branch', 'both')),
+)
 PAPER = ('--arch', 'vit_base', '--img-size', '224', '--patch-size', '16', '--workers', '12')
 MOCO_V3 = ('--lr', '1.5e-4', '--batch-size', '4096', '--hidden', '4096', '--warmup', '0.13',
            '--freeze-patch-embed')
@@ -129,6 +140,11 @@ STUDIES = dict(
     recipe=Study(
         [Row('moco', schedule, *recipe) for recipe in RECIPES for schedule in ('none', 'p8')],
         DATASETS, (0.08, 0.32), seeds=(0,)),
+    dino=Study(
+        [Row('dino', schedule, *recipe)
+         for recipe in ((), LOCAL_0) for schedule in ('none', 'p8', 'p8-drop0.50')]
+        + [Row('dino', 'p8-drop0.50', *recipe) for recipe in DINO_RECIPES],
+        ('cifar10',), (0.08, 0.32), seeds=(0,)),
     gpu=Study(
         [Row('moco', schedule, *VIT_TINY) for schedule in ('none', 'p8-drop0.50')],
         ('cifar10',), (1.0, 4.0, 16.0), seeds=(0,)),

@@ -183,8 +183,14 @@ def speed_up_text(outcomes):
 
 
 def is_timed(run):
-    """Whether the seconds of a run are worth something: no other work ran beside it."""
-    return not run['machine'].get('crowded')
+    """Whether the seconds of a run are worth something: no other run shared the machine."""
+    return run['machine']['runs_at_once'] == 1
+
+
+def timed(runs):
+    """{budget: {seed: record}} of the timed ones alone."""
+    return {budget: {seed: run for seed, run in by_seed.items() if is_timed(run)}
+            for budget, by_seed in runs.items()}
 
 
 def speed_up_table(records, dataset, rows):
@@ -199,13 +205,11 @@ def speed_up_table(records, dataset, rows):
         fast = select(records, dataset, row)
         for budget in sorted(base, reverse=True):
             units = speed_ups(base, fast, budget, 'units')
-            seconds = speed_ups(base, fast, budget, 'seconds')
+            seconds = speed_ups(timed(base), timed(fast), budget, 'seconds')
             if units:
                 accuracy = mean_and_spread([base[budget][seed]['knn'] for seed in units])
-                timed = all(is_timed(run) for by_seed in (base[budget], *fast.values())
-                            for run in by_seed.values())
                 lines.append([row.method, label(row), against, f'{budget:g}', accuracy, len(units),
-                              speed_up_text(units), speed_up_text(seconds) if timed else '-'])
+                              speed_up_text(units), speed_up_text(seconds) or '-'])
     head = ['method', 'schedule', 'against', 'its budget, M', 'its 20-NN, %', 'n',
             'times fewer units', 'times fewer seconds']
     return markdown(head, lines)
@@ -295,9 +299,8 @@ def score_table(records, dataset, rows):
     for (row, budget), runs in sorted(runs_of.items(), key=lambda item: item[0][1]):
         line = [row.method, label(row), f'{budget:g}', len(runs)]
         for key, digits in (('samples', 0), ('seconds', 0), ('nn', 2), ('knn', 2)):
-            values = [run[key] for run in runs]
-            shown = key != 'seconds' or all(map(is_timed, runs))
-            line.append(mean_and_spread(values, digits) if shown else '-')
+            values = [run[key] for run in runs if key != 'seconds' or is_timed(run)]
+            line.append(mean_and_spread(values, digits) if values else '-')
         for name in protocols:
             scores = [run['eval'][name] for run in runs if name in run.get('eval', {})]
             line.append(mean_and_spread(scores) if scores else '')
@@ -353,14 +356,15 @@ each table stands the command that makes its runs; data sets with files need `--
 Budgets are in millions of units, forward passes of the uncompressed encoder on one image. NN and
 20-NN are the percentages of test images whose class the nearest training images name, always with
 uncompressed features. Numbers are means over n seeds, +- the standard deviation. Seconds are those
-of training, without scoring; runs.jsonl has the machine of each run and how many ran at once. `-`:
-other work ran on the machine, so the seconds are no timings. linear: a linear classifier of the
-features; finetune: all weights, on 10,000 labelled images (eval.py)."""
+of training, without scoring, of runs that had the machine to themselves; `-`: there are none.
+runs.jsonl has the machine of each run. linear: a linear classifier of the features; finetune: all
+weights, on 10,000 labelled images (eval.py)."""
 
 SPEED_UPS = """The budget of an uncompressed run, divided by the budget at which the accelerated
 runs of the same seed have its final 20-NN accuracy, on a line in the logarithm of the budget. `>
 x`: the shortest accelerated run is better already. `not reached`: the longest one, whose budget
-may be smaller, is below. Several values in a cell are those of the seeds.
+may be smaller, is below. Several values in a cell are those of the seeds. Times fewer seconds: the
+same on the seconds of training; few seeds were timed.
 
 The authors' numbers for ImageNet-1k and ViT-B, read off their figure (+- 0.1 point), not run here.
 From them follow 4.5, 4.4, 3.8 and 3.0 times fewer units by NN for the four accelerated runs, on
