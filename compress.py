@@ -105,7 +105,7 @@ def resize_matrix(old, new, interpolation='bilinear', antialias=False):
     """B (new*new, old*old), float64: vec(resize(x)) = B vec(x). Column i resizes unit patch i.
 
     'bilinear' without antialias is FlexiViT's reference; timm's default, 'bicubic' with antialias,
-    moves the kernel by 5 to 28 %. Half-pixel centres (align_corners=False).
+    changes the tokens of enlarged patches by 5 to 28 %. Half-pixel centres (align_corners=False).
     """
     if old < 1 or new < 1:
         raise ValueError(f'patch sizes {old} and {new} must be at least 1 pixel')
@@ -160,8 +160,9 @@ def resize_pos_embed(pos, old_grid, new_grid, interpolation='bicubic', antialias
 def forward_flops(tokens, embed_dim, depth, mlp_ratio=4.0, patch_dim=0):
     """FLOPs (2 per multiply-add) of one image of `tokens` kept patches: (patch projection, blocks).
 
-    Per block and N = tokens + 1 (class token): qkv and proj take 4 N d^2, the MLP 2 r N d^2, and
-    q k^T and a v 2 N^2 d. patch_dim = c p p. Dropped tokens are never embedded.
+    Multiply-adds of a block, with N = tokens + 1 (class token) and r = mlp_ratio: qkv and proj
+    4 N d^2, the MLP 2 r N d^2, q k^T and a v 2 N^2 d. patch_dim = c p p. Dropped tokens are never
+    embedded.
     ViT-B/16 at 224 px: 2 x 17.56 G.
     """
     n = tokens + 1

@@ -15,9 +15,9 @@ slope is how fast the uncompressed loss falls along the step of an Adam that has
 P comes from the same batches, so it is unbiased only in the limit of many.
 
 All of these are made of products <E a, E b>. The naive product of two means over n batches is
-biased by the noise that they share: || mean d ||^2 adds Var(d) / n, most of what it reports late
-in training. Here the batches form G groups, and only means of different groups meet, whose noise
-is independent:
+biased by the noise that they share: with d = g_tau - g_tau0, || mean d ||^2 adds Var(d) / n, most
+of what it reports late in training. Here the batches form G groups, and only means of different
+groups meet, whose noise is independent:
 
     <E a, E b>  ~  mean over pairs k != l of  <mean_k a, mean_l b>      unbiased, can be negative
 
@@ -48,7 +48,7 @@ import torch
 class GradStats:
     """Estimates with their standard errors.
 
-    In units of the gradient squared, but for slope, in those of the gradient, and cosine, a number.
+    Units: those of the squared gradient; slope has those of the gradient, cosine none.
 
     mse = E || g_tau - E g_tau0 ||^2 = bias2 + variance. norm2 = || E g_tau0 ||^2, for scale.
     mean2 = || E g_tau ||^2. inner = <E g_tau0, E g_tau>. slope0 is the slope of tau0.
@@ -79,8 +79,8 @@ def gradient_stats(grad_fn, strategies, reference, batches, groups=4, scale=None
 
     grad_fn(batch, strategy) -> flat gradient of the loss on this batch. It must not change any
     state, and repeat its draws of views for the same batch. batches: a sequence, a multiple of
-    `groups`. scale: a metric, one factor per coordinate (see adam_scale) or None; slope has a
-    metric of its own.
+    `groups`. scale: a factor that multiplies each coordinate of the gradient (see adam_scale) or
+    None; slope ignores it and has a metric of its own.
 
     Batches are visited in order, each under every strategy before the next.
     Time: one gradient per strategy and batch. Memory: groups + 3 gradients per strategy.
@@ -124,13 +124,12 @@ def gradient_stats(grad_fn, strategies, reference, batches, groups=4, scale=None
 
 
 def pairs(a, b, metric):
-    """(G G) products <a_k, b_l> of the mean gradients of the groups, symmetric in k and l."""
+    """(G G) products <a_k, b_l> of the mean gradients of the groups."""
     rows = []
     for x in a:
         x = x if metric is None else x * metric
         rows.append([dot(x, y) for y in b])
-    products = torch.tensor(rows, dtype=torch.float64)
-    return (products + products.T) / 2
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def summary(mean2, inner, true, slope, slope0, square, num_batches):

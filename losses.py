@@ -26,11 +26,10 @@ autocast.
     loss.backward(); optimizer.step(); method.update_teacher(momentum=0.99)
 
 In all three, `student` is the encoder that trains, `teacher` its EMA copy (SimCLR has none), and
-`encoder` the one to export. A forward changes nothing but buffers that it overwrites (BatchNorm's
-running statistics, DINO's last batch mean); `update_teacher` alone moves the EMA copy and the
-center. Under a process group the losses gather across ranks, so that the mean of the ranks'
-losses and gradients, which is what DistributedDataParallel forms, is that of one process on the
-joined embeddings.
+`encoder` the one to export. A forward changes buffers alone (BatchNorm's running statistics, DINO's
+last batch mean); only `update_teacher` moves the EMA copy and the center. Under a process group the
+losses gather across ranks, so that the mean of the ranks' losses and gradients, which is what
+DistributedDataParallel forms, is that of one process on the joined embeddings.
 """
 import copy
 import math
@@ -103,8 +102,8 @@ def info_nce(q, k, temperature=0.2):
     """MoCo-v3's InfoNCE of queries (b d) against the keys (b d) of the other view; one direction.
 
     Keys get no gradient, and the negatives are the other images' keys. The factor 2T is
-    MoCo-v3's: it keeps |grad| independent of the temperature. Collapsed features give 2T ln N, N
-    the joined batch.
+    MoCo-v3's: it keeps |grad| nearly independent of the temperature. Collapsed features give
+    2T ln N, N the joined batch.
     """
     check_loss_input(q, k, temperature)
     with torch.autocast(q.device.type, enabled=False):
@@ -139,9 +138,11 @@ def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
     student[v] and teacher[v] are the same view and are not compared. Uniform outputs give ln o.
 
     Near uniform outputs, a pattern in the logits (less the center) whose two views correlate by r
-    changes by the factor r student_temp / teacher_temp as the student learns it and the teacher
-    follows. If this is below 1 for every pattern, outputs become uniform: raise student_temp. This
-    is our analysis; on shapes it happened with 0.1, DINO's value, and not with 0.4.
+    changes by the factor r G, G = student_temp / teacher_temp, as the student learns it and the
+    teacher follows. If this is below 1 for every pattern, outputs become uniform: raise
+    student_temp. The mean output is a pattern with r = 1, the same for all images, and only the
+    center holds it back. That works while (1 - m) (G - 1) < 1 - center_momentum, where m is the
+    teacher's momentum. This is our analysis; on shapes both collapses happened.
     """
     if not teacher_temp > 0 or not student_temp > 0:
         raise ValueError(f'temperatures {teacher_temp} and {student_temp} must be above 0')
@@ -361,12 +362,13 @@ class DINO(nn.Module):
     """DINO. Views: two global crops, then the local ones. It exports the teacher.
 
     The teacher sees the global crops, the student all. Dropout applies to every crop of the
-    student. Temperatures are DINO's; train.py has another student_temp.
+    student. The defaults are DINO's; train.py has another student_temp and center_momentum (see
+    dino_loss).
     """
 
     def __init__(self, encoder, hidden=2048, bottleneck=256, out_dim=65536,  # noqa: PLR0913
-                 teacher_temp=(0.04, 0.07), student_temp=0.1, drop_branch='query',
-                 patch_branch='both', local_crops=0):
+                 teacher_temp=(0.04, 0.07), student_temp=0.1, center_momentum=0.9,
+                 drop_branch='query', patch_branch='both', local_crops=0):
         super().__init__()
         check_branches(drop_branch, patch_branch)
         self.widths = (encoder.embed_dim, hidden, hidden, bottleneck, out_dim)
@@ -379,6 +381,7 @@ class DINO(nn.Module):
         self.register_buffer('batch_center', torch.zeros(1, out_dim), persistent=False)
         self.teacher_temps = teacher_temp
         self.student_temp = student_temp
+        self.center_momentum = center_momentum
         self.drop_branch = drop_branch
         self.patch_branch = patch_branch
         self.local_crops = local_crops
@@ -407,7 +410,9 @@ class DINO(nn.Module):
             self.batch_center.copy_(upcast(teacher).mean(dim=0, keepdim=True))
             log_p = F.log_softmax((upcast(teacher) - self.center) / self.teacher_temp, dim=1)
             entropy = -(log_p.exp() * log_p).sum(dim=1).mean()
-        metrics = monitors(features[0].chunk(2)[0], student[-1], teacher.chunk(2)[0])
+        # less the center, which all images share; the student's last view is not the teacher's
+        metrics = monitors(features[0].chunk(2)[0], student[-1] - self.center,
+                           teacher.chunk(2)[0] - self.center)
         return loss, dict(teacher_entropy=entropy, **metrics)
 
     def passes(self, patch_size=None, drop_rate=0.0):
@@ -433,7 +438,7 @@ class DINO(nn.Module):
         ema_update(self.teacher, self.student, momentum)
         ema_update(self.teacher_head, self.student_head, momentum)
         # the center moves after the loss has used the old one
-        self.center.lerp_(mean_over_ranks(self.batch_center), 0.1)            # DINO: momentum 0.9
+        self.center.lerp_(mean_over_ranks(self.batch_center), 1 - self.center_momentum)
 
     def chance_loss(self, batch_size):
         return math.log(self.center.shape[1])

@@ -212,8 +212,8 @@ def solve(table, monotone=True, rule='ca-mse'):
     """The schedule of a table of gradient errors.
 
     table: rows (lines of gradstats.jsonl) with progress, strategy, cost and the statistics, every
-    strategy at every progress. CA-MSE reads bias2, variance, their errors and norm2. A strategy is
-    any value.
+    strategy at every progress. CA-MSE reads bias2, variance, their errors and norm2. The stages
+    hold the values of row['strategy'], which in a file are names.
     """
     grid, errors = errors_over_progress(table, rule)
     costs = {row['strategy']: row['cost'] for row in table}
@@ -247,7 +247,9 @@ def load_table(path, metric=None):
 
 
 def print_table(rows, schedule):
-    """In fractions of the true squared norm; the gain is relative to no compression."""
+    """In fractions of the true squared norm. gain: how much faster than without compression the
+    uncompressed loss falls for the same compute.
+    """
     print(f'progress       strategy   cost        bias^2  cost x var         CA-MSE         '
           f'cosine       gain   ({rows[0]["metric"]} metric)')
     for row in sorted(rows, key=lambda row: (row['progress'], -row['cost'])):

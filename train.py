@@ -53,9 +53,10 @@ from vit import SIZES, Block, ViT
 from weights import load_backbone, save
 
 # What the three methods do differently: their papers' constants, but for sizes, batch, learning
-# rate and DINO's momentum and temperature, which are ours for small images and short runs. DINO
-# needs no large batch, since its loss is not contrastive, but many steps, since its teacher moves
-# little at each. With DINO's own 0.1 outputs may become uniform (see dino_loss).
+# rate and much of DINO, which are ours for small images and short runs. DINO needs no large batch,
+# since its loss is not contrastive, but many steps, since its teacher moves little at each. Its
+# own temperature 0.1 and center momentum 0.9 may collapse here (see dino_loss), and of its local
+# crops little is left: one has 16 patches at 32 px, and 2 tokens under p8-drop0.50.
 METHODS = dict(
     moco=dict(out_dim=256, temperature=0.2, momentum=0.99, batch_size=128, lr=2e-3,
               weight_decay=0.1),
@@ -70,8 +71,9 @@ ARCHS = dict(
     toy=dict(embed_dim=64, depth=4, num_heads=2),    # ours: minutes on a laptop
     **SIZES,
 )
-UNUSED = dict(moco=['--local-crops', '--local-size'],
-              simclr=['--local-crops', '--local-size', '--symmetric', '--momentum'],
+UNUSED = dict(moco=['--local-crops', '--local-size', '--center-momentum'],
+              simclr=['--local-crops', '--local-size', '--symmetric', '--momentum',
+                      '--center-momentum'],
               dino=['--symmetric'])
 SAVE_EVERY = 0.05                                    # of the budget, beside --save-minutes
 GROUPS = 4                                           # of probe batches, for the error bars
@@ -145,8 +147,8 @@ def build_parser():
     group.add_argument('--download', action='store_true', help='fetch the data set if absent')
     group.add_argument('--img-size', type=size, default=32,
                        help='side of the views in pixels (paper: 224)')
-    group.add_argument('--local-crops', type=number(int, 0, 100), default=4,
-                       help='DINO: number of local views (DINO: 8)')
+    group.add_argument('--local-crops', type=number(int, 0, 100), default=0,
+                       help='DINO: number of local views (official: 8)')
     group.add_argument('--local-size', type=size,
                        help="DINO: side of the local views (default: 96/224 of --img-size)")
     group.add_argument('--crop-scale', type=number(float, 0.001, 1),
@@ -181,6 +183,8 @@ def build_parser():
                        help='MoCo-v3: each view is the query once (doubles the cost)')
     group.add_argument('--momentum', type=rate,
                        help='of the EMA teacher at the start; 1 at the end (DINO: 0.996)')
+    group.add_argument('--center-momentum', type=rate, default=0.5,
+                       help="DINO: of the center of the teacher's outputs (official: 0.9)")
 
     group = parser.add_argument_group('compression')
     group.add_argument('--schedule', type=schedule_text, default='default',
@@ -315,7 +319,7 @@ def build_method(args, encoder):
     if args.method == 'simclr':
         return losses.SimCLR(encoder, temperature=args.temperature, **common)
     return losses.DINO(encoder, student_temp=args.temperature, local_crops=args.local_crops,
-                       **common)
+                       center_momentum=args.center_momentum, **common)
 
 
 def build_views(args):
@@ -457,7 +461,8 @@ def render_views(plan, images, tau, seed_key, device):
     """(views, key views or None, generator of the token draws) of a batch under strategy tau.
 
     Each view has its own generator, so the same seed key gives the same crop and colours at any
-    side. Key views are views at another side. A view that no pass of a branch reads is None.
+    side. Key views are the views at the side of the key branch, if that is another. A view that no
+    pass of a branch reads is None.
     """
     def render(patch_size, seen):
         views = [None] * len(plan.views)

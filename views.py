@@ -85,7 +85,7 @@ def recipe(method, side, local_crops=0, local_side=None):
 
     local_side: None means DINO's share of the side, 96 of 224.
     Below 64 px the crops are larger and nothing is blurred. This is our choice: 8 % of an image
-    of 32 px is a square of 9 pixels.
+    of 32 px are 9 x 9 pixels.
     """
     if method == 'moco':  # MoCo-v3 main_moco.py, from BYOL: the two views differ
         view = View(side)
@@ -349,8 +349,8 @@ PIXELS_AT_ONCE = 2 ** 17  # on a CPU they stay in its cache: 1.9 x faster for 20
 def draw(b, h, w, view, generator, device):
     """All random parameters of one view of b images: a dictionary of tensors (b ...).
 
-    They are drawn whether or not the view uses them, and none depends on its side. So the same
-    seed gives the same crops and colours at every resolution.
+    They are drawn whether or not the view uses them, and do not depend on its side (sigma is
+    scaled by it). So the same seed gives the same crops and colours at every resolution.
     """
     def draws(low=0.0, high=1.0):
         return uniform((b, 1, 1, 1), low, high, generator, device)

@@ -182,7 +182,10 @@ class ViT(nn.Module):
         return resize_pos_embed(self.pos_embed[:, 1:], self.base_grid, grid)
 
     def forward_tokens(self, images, patch_size=None, drop_rate=0.0, generator=None):
-        """(b c H W) -> (b 1+k d), the class token first, after the final norm. Any H and W."""
+        """(b c H W) -> (b 1+k d), the class token first, after the final norm.
+
+        H and W: any multiples of the patch size.
+        """
         p = self.patch_size if patch_size is None else patch_size
         b, c, height, width = images.shape
         grid = self.grid(height, width, p)

@@ -15,7 +15,7 @@ schedules   when to relax the compression: never, in stages, by the drop rate
 solved      what schedule.py makes of the gradient errors on CIFAR-10
 decay       cosine and polynomial decay of the learning rate
 recipe      one setting at a time changed, uncompressed and compressed
-dino        the same for DINO, and without local crops
+dino        DINO's own center, temperature and local crops, instead of ours
 gpu         MoCo-v3 with ViT-Ti, uncompressed and compressed
 paper       ViT-B on ImageNet-1k in ROOT/imagenet, at the paper's budgets, under
             schedules of ours: never run here. In the commands that
@@ -89,23 +89,17 @@ RECIPES = (
     ('momentum0.996', ('--momentum', '0.996')),
     ('warmup0.02', ('--warmup', '0.02')),
 )
-LOCAL_0 = ('local0', ('--local-crops', '0'))
-DINO_RECIPES = (
-    ('temperature0.2', ('--temperature', '0.2')),
-    ('momentum0.9', ('--momentum', '0.9')),
-    ('momentum0.996', ('--momentum', '0.996')),
-    ('lr8e-3', ('--lr', '8e-3')),
-    ('batch128', ('--batch-size', '128')),
-    ('outdim256', ('--out-dim', '256')),
-    ('drop-both', ('--drop-branch', 'both')),
-)
+CENTER_09 = ('center0.9', ('--center-momentum', '0.9'))          # DINO's own
+LOCAL_4 = ('local4', ('--local-crops', '4'))                     # half of DINO's own
+CENTER_09_LOCAL_4 = ('center0.9-local4', CENTER_09[1] + LOCAL_4[1])
+OWN_TEMPERATURE = ('center0.9-local4-temperature0.1', CENTER_09_LOCAL_4[1] + TEMPERATURE_01[1])
 PAPER = ('--arch', 'vit_base', '--img-size', '224', '--patch-size', '16', '--workers', '12')
 MOCO_V3 = ('--lr', '1.5e-4', '--batch-size', '4096', '--hidden', '4096', '--warmup', '0.13',
            '--freeze-patch-embed')
 SLIP = ('--lr', '2e-4', '--batch-size', '4096', '--hidden', '4096')
 DINO_V1 = ('--lr', '5e-4', '--batch-size', '1024', '--hidden', '2048', '--out-dim', '65536',
            '--local-crops', '8', '--local-size', '96', '--momentum', '0.996',
-           '--temperature', '0.1')
+           '--center-momentum', '0.9', '--temperature', '0.1')
 SOLVED = 'p16-drop0.50@0,p16@0.1,p8-drop0.50@0.25'   # schedule.py on results/gradstats.jsonl
 RELAXED = 'p30-drop0.50@0,p30@0.5,p16@0.9'
 DYNAMIC = 'p8-drop0.50@0,p8@0.5'       # strong compression first, relaxed half way
@@ -120,8 +114,7 @@ STUDIES = dict(
         DATASETS, (0.02, 0.04, 0.08, 0.32, 1.28)),
     tuned=Study(
         [Row('moco', 'none', *BATCH_64), Row('moco', 'p8'), Row('moco', 'p8-drop0.50'),
-         Row('dino', 'none', *TEMPERATURE_01), Row('dino', 'p8-drop0.50'),
-         Row('dino', 'p8-drop0.50', *TEMPERATURE_01)],
+         Row('dino', 'none', *TEMPERATURE_01), Row('dino', 'p8-drop0.50')],
         DATASETS, (0.32,)),
     objectives=Study(
         [Row(method, schedule)
@@ -142,9 +135,9 @@ STUDIES = dict(
         DATASETS, (0.08, 0.32), seeds=(0,)),
     dino=Study(
         [Row('dino', schedule, *recipe)
-         for recipe in ((), LOCAL_0) for schedule in ('none', 'p8', 'p8-drop0.50')]
-        + [Row('dino', 'p8-drop0.50', *recipe) for recipe in DINO_RECIPES],
-        ('cifar10',), (0.08, 0.32), seeds=(0,)),
+         for recipe in ((), LOCAL_4, CENTER_09, CENTER_09_LOCAL_4, OWN_TEMPERATURE)
+         for schedule in ('none', 'p8-drop0.50')],
+        DATASETS, (0.02, 0.04, 0.08, 0.32), seeds=(0,)),
     gpu=Study(
         [Row('moco', schedule, *VIT_TINY) for schedule in ('none', 'p8-drop0.50')],
         ('cifar10',), (1.0, 4.0, 16.0), seeds=(0,)),

@@ -97,6 +97,39 @@ def test_small_logits_of_dino_change_by_correlation_times_ratio_of_temperatures(
     assert error(at_0 / (at_0 - at_1), foretold * student_temp / 0.04) < 1e-3
 
 
+class SameLogits(nn.Module):
+    """A head that gives every image the same outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(1e-4 * torch.randn(1, 64, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.logits.expand(len(x), -1)
+
+
+@pytest.mark.parametrize('center_momentum, grows', [(0.9, True), (0.8, False), (0.5, False)])
+def test_the_center_holds_the_mean_output_only_if_it_is_fast(center_momentum, grows):
+    """With m = 0.98 and G = 0.4 / 0.04, (1 - m) (G - 1) = 0.18. The student always has the outputs
+    of least loss, those whose softmax is the teacher's.
+    """
+    method = build('dino').double()
+    method.student_head, method.teacher_head = SameLogits(), SameLogits()
+    method.student_temp = 0.4
+    method.center_momentum = center_momentum
+    views = [view.double() for view in views_of('dino')]
+    teacher = method.teacher_head.logits.data
+    teacher -= teacher.mean()
+    size = teacher.norm()
+    for _ in range(100):
+        targets = F.log_softmax((teacher - method.center) / 0.04, dim=1)
+        method.student_head.logits.data = 0.4 * (targets - targets.mean())
+        loss, _ = method(views)
+        assert torch.autograd.grad(loss, method.student_head.logits)[0].abs().max() < 1e-12
+        method.update_teacher(0.98)
+    assert (teacher.norm() > size) == grows
+
+
 def test_autocast_does_not_change_a_loss():
     q, k = torch.randn(2, 8, 16)
     for loss in (info_nce, nt_xent):
