@@ -201,7 +201,7 @@ def dino_by_hand(data, progress, world):
                 if name.startswith('teacher'):
                     student = trained.get(name.replace('teacher', 'student'), q)
                     q.copy_(momentum * q + (1 - momentum) * student)
-            center = 0.9 * center + 0.1 * torch.cat(logits).mean(dim=0, keepdim=True)
+            center = 0.5 * center + 0.5 * torch.cat(logits).mean(dim=0, keepdim=True)
     return {**{name: p.detach() for name, p in method.named_parameters()}, 'center': center}
 
 
