@@ -276,6 +276,9 @@ def collapse_warning(metrics, outputs):
                 "student), or lower --lr")
     if entropy < 0.01:
         return 'the teacher gives every image one and the same output: collapsed. Lower --lr'
+    if abs(metrics['positive_similarity'] - metrics['negative_similarity']) < 1e-3:
+        return ('the outputs of all images move together: collapsed. Lower --center-momentum, or '
+                'raise --momentum (of the teacher)')
     return None
 
 

@@ -242,13 +242,17 @@ def test_an_unlabelled_folder_trains_without_a_score(run, tmp_path, capsys):
     (dict(feature_spread=0.001), 256, 'nearly the same feature'),
     (dict(feature_spread=0.5, teacher_entropy=6.238), 512, 'uniform'),     # ln 512 = 6.238
     (dict(feature_spread=0.5, teacher_entropy=0.001), 512, 'one and the same'),
+    (dict(feature_spread=0.5, teacher_entropy=3.0, positive_similarity=0.9512,
+          negative_similarity=0.9511), 512, 'move together'),
 ])
 def test_collapse_is_said_in_plain_words(metrics, outputs, message):
     assert message in rooms.collapse_warning(metrics, outputs)
 
 
 def test_no_warning_where_nothing_is_wrong():
-    assert rooms.collapse_warning(dict(feature_spread=0.5, teacher_entropy=3.0), 512) is None
+    healthy = dict(feature_spread=0.5, teacher_entropy=3.0, positive_similarity=0.9,
+                   negative_similarity=0.8)
+    assert rooms.collapse_warning(healthy, 512) is None
     assert rooms.collapse_warning(dict(feature_spread=0.5), 2) is None       # MoCo has no entropy
     state = rooms.State(step=100, seconds=10.0, seconds_data=0.1)
     assert rooms.waiting_warning(state, 0.25) is None
