@@ -8,7 +8,7 @@
 headline    MoCo-v3 over budgets: uncompressed, under two constant strategies,
             and relaxed half way
 tuned       MoCo-v3 and DINO at 0.32 M against uncompressed runs with batches of 64
-            and with DINO's own temperature
+            and with DINO's own constants
 objectives  MoCo-v3, SimCLR and DINO, uncompressed and compressed
 schedules   when to relax the compression: never, in stages, by the drop rate
             alone
@@ -74,7 +74,7 @@ class Study:
 
 
 BATCH_64 = ('batch64', ('--batch-size', '64'))
-TEMPERATURE_01 = ('temperature0.1', ('--temperature', '0.1'))    # DINO's own
+TEMPERATURE_01 = ('temperature0.1', ('--temperature', '0.1'))
 POLYNOMIAL = ('polynomial', ('--lr-schedule', 'polynomial'))
 VIT_TINY = ('vit_tiny', ('--arch', 'vit_tiny', '--batch-size', '512', '--lr', '5e-4', '--compile'))
 RECIPES = (
@@ -92,7 +92,7 @@ RECIPES = (
 CENTER_09 = ('center0.9', ('--center-momentum', '0.9'))          # DINO's own
 LOCAL_4 = ('local4', ('--local-crops', '4'))                     # half of DINO's own
 CENTER_09_LOCAL_4 = ('center0.9-local4', CENTER_09[1] + LOCAL_4[1])
-OWN_TEMPERATURE = ('center0.9-local4-temperature0.1', CENTER_09_LOCAL_4[1] + TEMPERATURE_01[1])
+DINO_OWN = ('center0.9-local4-temperature0.1', CENTER_09_LOCAL_4[1] + TEMPERATURE_01[1])
 PAPER = ('--arch', 'vit_base', '--img-size', '224', '--patch-size', '16', '--workers', '12')
 MOCO_V3 = ('--lr', '1.5e-4', '--batch-size', '4096', '--hidden', '4096', '--warmup', '0.13',
            '--freeze-patch-embed')
@@ -114,7 +114,7 @@ STUDIES = dict(
         DATASETS, (0.02, 0.04, 0.08, 0.32, 1.28)),
     tuned=Study(
         [Row('moco', 'none', *BATCH_64), Row('moco', 'p8'), Row('moco', 'p8-drop0.50'),
-         Row('dino', 'none', *TEMPERATURE_01), Row('dino', 'p8-drop0.50')],
+         Row('dino', 'none', *DINO_OWN), Row('dino', 'p8-drop0.50')],
         DATASETS, (0.32,)),
     objectives=Study(
         [Row(method, schedule)
@@ -135,7 +135,7 @@ STUDIES = dict(
         DATASETS, (0.08, 0.32), seeds=(0,)),
     dino=Study(
         [Row('dino', schedule, *recipe)
-         for recipe in ((), LOCAL_4, CENTER_09, CENTER_09_LOCAL_4, OWN_TEMPERATURE)
+         for recipe in ((), LOCAL_4, CENTER_09, CENTER_09_LOCAL_4, DINO_OWN)
          for schedule in ('none', 'p8-drop0.50')],
         DATASETS, (0.02, 0.04, 0.08, 0.32), seeds=(0,)),
     gpu=Study(
