@@ -408,11 +408,12 @@ class DINO(nn.Module):
 
         with torch.no_grad():
             self.batch_center.copy_(upcast(teacher).mean(dim=0, keepdim=True))
-            log_p = F.log_softmax((upcast(teacher) - self.center) / self.teacher_temp, dim=1)
+            centered = upcast(teacher) - self.center
+            log_p = F.log_softmax(centered / self.teacher_temp, dim=1)
             entropy = -(log_p.exp() * log_p).sum(dim=1).mean()
         # less the center, which all images share; the student's last view is not the teacher's
         metrics = monitors(features[0].chunk(2)[0], student[-1] - self.center,
-                           teacher.chunk(2)[0] - self.center)
+                           centered.chunk(2)[0])
         return loss, dict(teacher_entropy=entropy, **metrics)
 
     def passes(self, patch_size=None, drop_rate=0.0):

@@ -85,7 +85,7 @@ def recipe(method, side, local_crops=0, local_side=None):
 
     local_side: None means DINO's share of the side, 96 of 224.
     Below 64 px the crops are larger and nothing is blurred. This is our choice: 8 % of an image
-    of 32 px are 9 x 9 pixels.
+    of 32 px is 9 x 9 pixels.
     """
     if method == 'moco':  # MoCo-v3 main_moco.py, from BYOL: the two views differ
         view = View(side)

@@ -8,7 +8,7 @@
 headline    MoCo-v3 over budgets: uncompressed, under two constant strategies,
             and relaxed half way
 tuned       MoCo-v3 and DINO at 0.32 M against uncompressed runs with batches of 64
-            and with DINO's own constants
+            and with DINO's own temperature and center
 objectives  MoCo-v3, SimCLR and DINO, uncompressed and compressed
 schedules   when to relax the compression: never, in stages, by the drop rate
             alone

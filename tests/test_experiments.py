@@ -108,19 +108,17 @@ def test_a_seed_without_shorter_runs_is_not_compared():
     assert line == '| moco | p8 | none | 1.28 | 50.00 | 1 | > 4.0 | > 2.0 |'
 
 
-def test_seconds_are_those_of_runs_that_had_the_machine_to_themselves():
+@pytest.mark.parametrize('sharing, seconds', [((), '3.0 +- 1.4'), ((1,), '2.0'), ((0, 1), '-')])
+def test_seconds_are_those_of_runs_that_had_the_machine_to_themselves(sharing, seconds):
     """Seed 0 needs all of 0.32 M, seed 1 half a step of log 4: 4 and 8 times fewer units."""
     rows = [reproduce.Row('moco', 'none'), reproduce.Row('moco', 'p8')]
     records = [record('none', 1.28, 0, 50.0), record('none', 1.28, 1, 45.0)]
     for seed in (0, 1):
         records += [record('p8', 0.08, seed, 40.0), record('p8', 0.32, seed, 50.0)]
-    for shared, seconds in ((None, '3.0 +- 1.4'), (1, '2.0'), (0, '-')):
-        if shared is not None:
-            for one in records:
-                if one['seed'] == shared:
-                    one['machine']['runs_at_once'] = 2
-        line = tables.speed_up_table(records, 'shapes', rows).splitlines()[-1]
-        assert line == f'| moco | p8 | none | 1.28 | 47.50 +- 3.54 | 2 | 6.0 +- 2.8 | {seconds} |'
+    for one in records:
+        one['machine']['runs_at_once'] = 2 if one['seed'] in sharing else 1
+    line = tables.speed_up_table(records, 'shapes', rows).splitlines()[-1]
+    assert line == f'| moco | p8 | none | 1.28 | 47.50 +- 3.54 | 2 | 6.0 +- 2.8 | {seconds} |'
 
 
 def test_short_runs_are_judged_by_the_long_runs_of_other_seeds():
