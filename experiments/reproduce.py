@@ -9,7 +9,7 @@ headline    MoCo-v3 over budgets: uncompressed, under two constant strategies,
             and relaxed half way
 tuned       MoCo-v3 and DINO at 0.32 M against uncompressed runs with batches of 64
             and with DINO's own temperature and center
-objectives  MoCo-v3, SimCLR and DINO, uncompressed and compressed
+objectives  MoCo-v3, SimCLR and DINO: uncompressed, compressed, and relaxed half way
 schedules   when to relax the compression: never, in stages, by the drop rate
             alone
 solved      what schedule.py makes of the gradient errors on CIFAR-10
@@ -118,7 +118,8 @@ STUDIES = dict(
         DATASETS, (0.32,)),
     objectives=Study(
         [Row(method, schedule)
-         for method in ('moco', 'simclr', 'dino') for schedule in ('none', 'p8-drop0.50')],
+         for method in ('moco', 'simclr', 'dino')
+         for schedule in ('none', 'p8-drop0.50', DYNAMIC)],
         DATASETS, (0.02, 0.04, 0.08, 0.32)),
     schedules=Study(
         [Row('moco', schedule) for schedule in ('none', 'p8', 'p8-drop0.50', *STAGES)],

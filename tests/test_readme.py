@@ -5,6 +5,8 @@ import re
 import pytest
 from conftest import ROOT
 
+from reproduce import DATASETS, DINO_OWN, BATCH_64, Row
+from tables import load_results, select, speed_up_text, speed_ups
 from vit import ViT
 from weights import save
 
@@ -42,3 +44,22 @@ def test_the_first_commands_end_where_the_readme_says():
         assert len(scores) >= 3
         for score in (*scores, float(once)):
             assert int(limits[0]) <= round(score) <= int(limits[1])
+
+
+def test_the_first_table_says_what_the_runs_say():
+    """Times fewer units, from runs.jsonl: the uncompressed and the compressed row of each line."""
+    rows = [
+        (Row('moco', 'none'), Row('moco', 'p8')),
+        (Row('moco', 'none', *BATCH_64), Row('moco', 'p8')),
+        (Row('moco', 'none'), Row('moco', 'p8-drop0.50')),
+        (Row('moco', 'none', *BATCH_64), Row('moco', 'p8-drop0.50')),
+        (Row('simclr', 'none'), Row('simclr', 'p8-drop0.50')),
+        (Row('dino', 'none'), Row('dino', 'p8-drop0.50')),
+        (Row('dino', 'none', *DINO_OWN), Row('dino', 'p8-drop0.50')),
+    ]
+    table = README[README.index('| times fewer units'):].split('\n\n')[0].splitlines()[2:]
+    records = load_results()
+    for line, (base, fast) in zip(table, rows, strict=True):
+        for dataset, cell in zip(DATASETS, line.split(' | ')[1:]):
+            runs = select(records, dataset, base), select(records, dataset, fast)
+            assert cell == speed_up_text(speed_ups(*runs, 0.32, 'units')), line
