@@ -343,6 +343,7 @@ FILES = {
     'gradstats.jsonl': '`python train.py --dataset folder --data-root data/cifar10 --schedule none '
                        '--gradstats 0.05,0.25,0.5,0.75,1`: gradient errors',
     'gradstats.png': '`python pictures.py gradstats experiments/results/gradstats.jsonl`',
+    'tuning.md': 'which settings and schedules were tried, and why DINO has its own',
     'auto.md': 'a flag that measured half way and went on with the best: 18 runs, and why it left',
     'predict.jsonl': '`python experiments/predict.py`: which rule foretells the best strategy?',
     'predict.md': 'the same, its table',
