@@ -80,10 +80,15 @@ def draw_panel(axis, records, dataset):
     random = random_score(records, dataset)
     if random:
         axis.axhline(random, color='0.4', linestyle=':', label='random network')
-    budgets = {budget for by_budget in runs.values() for budget in by_budget}
-    if budgets:
+    ticks = {}                         # position: label
+    last = 0
+    for budget in sorted({budget for by_budget in runs.values() for budget in by_budget}):
+        apart = budget > 3 * last      # closer labels would touch
+        ticks[1e6 * budget] = f'{budget:g}' if apart else ''
+        last = budget if apart else last
+    if ticks:
         axis.set_xscale('log')
-        axis.set_xticks([1e6 * budget for budget in budgets], [f'{b:g}' for b in budgets])
+        axis.set_xticks(list(ticks), ticks.values())
         axis.minorticks_off()
 
 
