@@ -325,10 +325,10 @@ def section(title, records, studies, table):
 
 
 def random_score(records, dataset):
-    """20-NN of the toy network before training, in percent; None without runs."""
-    scores = [record['curve'][0]['knn'] for record in records
-              if record['dataset'] == dataset and record['study'] != 'gpu']
-    return statistics.mean(scores) if scores else None
+    """20-NN of the toy network before training, in percent, mean over seeds; None without runs."""
+    scores = {record['seed']: record['curve'][0]['knn'] for record in records
+              if record['dataset'] == dataset and record['study'] != 'gpu'}
+    return statistics.mean(scores.values()) if scores else None
 
 
 FILES = {
