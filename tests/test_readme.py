@@ -1,11 +1,10 @@
 """What the README shows is run: its snippets. What it promises is compared with the results."""
-import json
 import re
 
 import pytest
 from conftest import ROOT
 
-from reproduce import DATASETS, DINO_OWN, BATCH_64, Row
+from reproduce import BATCH_64, DATASETS, DINO_OWN, Row
 from tables import load_results, select, speed_up_text, speed_ups
 from vit import ViT
 from weights import save
@@ -36,11 +35,10 @@ def test_the_first_commands_end_where_the_readme_says():
     promised = re.findall(r'100 % of the budget: (\d+) to (\d+) % 20-NN', README)
     printed = re.findall(r'100 % of the budget: ([\d.]+) %',
                          (results / 'first-commands.log').read_text())
-    records = [json.loads(line) for line in (results / 'runs.jsonl').read_text().splitlines()]
+    records = load_results()
     for schedule, limits, once in zip(('p8-drop0.50', 'none'), promised, printed, strict=True):
-        scores = [record['knn'] for record in records if record['schedule'] == schedule
-                  and (record['dataset'], record['method'], record['variant'], record['budget'])
-                  == ('shapes', 'moco', '', 0.16)]
+        runs = select(records, 'shapes', Row('moco', schedule))[0.16].values()
+        scores = [run['knn'] for run in runs]
         assert len(scores) >= 3
         for score in (*scores, float(once)):
             assert int(limits[0]) <= round(score) <= int(limits[1])
