@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import STOPS, worker_error
 from losses import mean_over_ranks
-from weights import read
+from weights import quoted, read
 
 try:
     import fcntl
@@ -182,6 +182,15 @@ def open_log(folder, new):
         log.truncate(0)
         (folder / 'gradstats.jsonl').unlink(missing_ok=True)
     return log
+
+
+def append(log, line):
+    """Write a line of JSON at once. Raises OSError, with the name of the file, on a full disk."""
+    try:
+        log.write(json.dumps(line) + '\n')
+        log.flush()
+    except OSError as error:
+        raise OSError(f'{quoted(log.name)} cannot be written: {error.strerror}') from None
 
 
 def snapshot(run):

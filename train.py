@@ -44,7 +44,7 @@ from data import DATASETS, batch_keys, load, shrink_note, steps_per_epoch
 from eval import knn_accuracy
 from gradstats import adam_scale, flat_gradient, gradient_stats, unchanged
 from losses import mean_over_ranks
-from runs import (Progress, State, StopSignal, agree, collapse_warning, exit_status,
+from runs import (Progress, State, StopSignal, agree, append, collapse_warning, exit_status,
                   join_processes, load_checkpoint, marks, new_folder, open_log, process_numbers,
                   reason, restore, snapshot, waiting_warning)
 from schedule import Schedule, cosine, polynomial, ramp, warmup
@@ -548,8 +548,7 @@ class Run:
 
     def write(self, line):
         if self.rank == 0:
-            self.log_file.write(json.dumps(line) + '\n')
-            self.log_file.flush()
+            append(self.log_file, line)
 
 
 def loss_of(run, model, images, tau, *key):
@@ -604,7 +603,7 @@ def measure_gradients(run, point):
     if run.rank == 0:
         with open(run.folder / 'gradstats.jsonl', 'a') as file:
             for row in rows:
-                file.write(json.dumps(row) + '\n')
+                append(file, row)
 
 
 def random_batches(run, batches):
