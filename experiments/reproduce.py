@@ -15,7 +15,8 @@ schedules   when to relax the compression: never, in stages, by the drop rate
 solved      what schedule.py makes of the gradient errors on CIFAR-10
 decay       cosine and polynomial decay of the learning rate
 recipe      one setting at a time changed, uncompressed and compressed
-dino        DINO's own center, temperature and local crops, instead of ours
+simclr      SimCLR under other strategies, and with tokens dropped from both views
+dino        DINO's own center, temperature and local crops, instead of ours; p8
 gpu         MoCo-v3 with ViT-Ti, uncompressed and compressed
 paper       ViT-B on ImageNet-1k in ROOT/imagenet, at the paper's budgets, under
             schedules of ours: never run here. In the commands that
@@ -89,6 +90,7 @@ RECIPES = (
     ('momentum0.996', ('--momentum', '0.996')),
     ('warmup0.02', ('--warmup', '0.02')),
 )
+DROP_BOTH = ('dropboth', ('--drop-branch', 'both'))
 CENTER_09 = ('center0.9', ('--center-momentum', '0.9'))          # DINO's own
 LOCAL_4 = ('local4', ('--local-crops', '4'))                     # half of DINO's own
 CENTER_09_LOCAL_4 = ('center0.9-local4', CENTER_09[1] + LOCAL_4[1])
@@ -134,10 +136,15 @@ STUDIES = dict(
     recipe=Study(
         [Row('moco', schedule, *recipe) for recipe in RECIPES for schedule in ('none', 'p8')],
         DATASETS, (0.08, 0.32), seeds=(0,)),
+    simclr=Study(
+        [*(Row('simclr', schedule) for schedule in ('none', 'p8', 'p8-drop0.50', SOLVED)),
+         Row('simclr', 'p8-drop0.75'), Row('simclr', 'p8-drop0.50', *DROP_BOTH)],
+        DATASETS, (0.08,), seeds=(0,)),
     dino=Study(
         [Row('dino', schedule, *recipe)
          for recipe in ((), LOCAL_4, CENTER_09, CENTER_09_LOCAL_4, DINO_OWN)
-         for schedule in ('none', 'p8-drop0.50')],
+         for schedule in ('none', 'p8-drop0.50')]
+        + [Row('dino', 'p8')],
         DATASETS, (0.02, 0.04, 0.08, 0.32), seeds=(0,)),
     gpu=Study(
         [Row('moco', schedule, *VIT_TINY) for schedule in ('none', 'p8-drop0.50')],
