@@ -4,7 +4,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from reproduce import BATCH_64, DATASETS, DINO_OWN, Row
+from reproduce import BATCH_64, DATASETS, DINO_OWN, DYNAMIC, Row
 from tables import load_results, select, speed_up_text, speed_ups
 from vit import ViT
 from weights import save
@@ -51,6 +51,7 @@ def test_the_first_table_says_what_the_runs_say():
         (Row('moco', 'none', *BATCH_64), Row('moco', 'p8')),
         (Row('moco', 'none'), Row('moco', 'p8-drop0.50')),
         (Row('moco', 'none', *BATCH_64), Row('moco', 'p8-drop0.50')),
+        (Row('simclr', 'none'), Row('simclr', DYNAMIC)),
         (Row('simclr', 'none'), Row('simclr', 'p8-drop0.50')),
         (Row('dino', 'none'), Row('dino', 'p8-drop0.50')),
         (Row('dino', 'none', *DINO_OWN), Row('dino', 'p8-drop0.50')),
