@@ -7,8 +7,8 @@
 
 headline    MoCo-v3 over budgets: uncompressed, under two constant strategies,
             and relaxed half way
-tuned       MoCo-v3 and DINO at 0.32 M against uncompressed runs with batches of 64
-            and with DINO's own temperature and center
+tuned       MoCo-v3 and DINO at 0.32 M against other uncompressed recipes: batches of
+            64, and DINO's own center and local crops, with its temperature or ours
 objectives  MoCo-v3, SimCLR and DINO: uncompressed, compressed, and relaxed half way
 schedules   when to relax the compression: never, in stages, by the drop rate
             alone
@@ -116,7 +116,8 @@ STUDIES = dict(
         DATASETS, (0.02, 0.04, 0.08, 0.32, 1.28)),
     tuned=Study(
         [Row('moco', 'none', *BATCH_64), Row('moco', 'p8'), Row('moco', 'p8-drop0.50'),
-         Row('dino', 'none', *DINO_OWN), Row('dino', 'p8-drop0.50')],
+         Row('dino', 'none', *DINO_OWN), Row('dino', 'p8-drop0.50'),
+         Row('dino', 'none', *CENTER_09_LOCAL_4), Row('dino', 'p8-drop0.50')],
         DATASETS, (0.32,)),
     objectives=Study(
         [Row(method, schedule)
@@ -203,6 +204,7 @@ def runs_of(name, datasets=None, budgets=None, seeds=None):
         for budget in budgets or wanted:
             for seed in seeds or study.seeds[:3 if budget < 1 else 2]:
                 runs += [Run(name, dataset, row, budget, seed) for row in study.rows]
+    runs = dict.fromkeys(runs)         # a row that is compared twice runs once
     return sorted(runs, key=lambda run: (run.budget, run.seed))
 
 

@@ -4,7 +4,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from reproduce import BATCH_64, DATASETS, DINO_OWN, DYNAMIC, Row
+from reproduce import BATCH_64, CENTER_09_LOCAL_4, DATASETS, DINO_OWN, DYNAMIC, Row
 from tables import load_results, select, speed_up_text, speed_ups
 from vit import ViT
 from weights import save
@@ -46,19 +46,24 @@ def test_the_first_commands_end_where_the_readme_says():
 
 def test_the_first_table_says_what_the_runs_say():
     """Times fewer units, from runs.jsonl: the uncompressed and the compressed row of each line."""
+    moco, dino = Row('moco', 'none'), Row('dino', 'none')
+    batch_64 = Row('moco', 'none', *BATCH_64)
+    recipes = [dino, Row('dino', 'none', *DINO_OWN), Row('dino', 'none', *CENTER_09_LOCAL_4)]
     rows = [
-        (Row('moco', 'none'), Row('moco', 'p8')),
-        (Row('moco', 'none', *BATCH_64), Row('moco', 'p8')),
-        (Row('moco', 'none'), Row('moco', 'p8-drop0.50')),
-        (Row('moco', 'none', *BATCH_64), Row('moco', 'p8-drop0.50')),
-        (Row('simclr', 'none'), Row('simclr', DYNAMIC)),
-        (Row('simclr', 'none'), Row('simclr', 'p8-drop0.50')),
-        (Row('dino', 'none'), Row('dino', 'p8-drop0.50')),
-        (Row('dino', 'none', *DINO_OWN), Row('dino', 'p8-drop0.50')),
+        ([moco], Row('moco', 'p8')),
+        ([batch_64], Row('moco', 'p8')),
+        ([moco], Row('moco', 'p8-drop0.50')),
+        ([batch_64], Row('moco', 'p8-drop0.50')),
+        ([Row('simclr', 'none')], Row('simclr', DYNAMIC)),
+        ([Row('simclr', 'none')], Row('simclr', 'p8-drop0.50')),
+        ([dino], Row('dino', 'p8-drop0.50')),
+        (recipes, Row('dino', 'p8-drop0.50')),       # the best of them, on each data set
     ]
     table = README[README.index('| times fewer units'):].split('\n\n')[0].splitlines()[2:]
     records = load_results()
-    for line, (base, fast) in zip(table, rows, strict=True):
+    for line, (baselines, fast) in zip(table, rows, strict=True):
         for dataset, cell in zip(DATASETS, line.split(' | ')[1:]):
-            runs = select(records, dataset, base), select(records, dataset, fast)
-            assert cell == speed_up_text(speed_ups(*runs, 0.32, 'units')), line
+            slow = [select(records, dataset, row) for row in baselines]
+            best = max(slow, key=lambda runs: runs[0.32][0]['knn'])
+            ratios = speed_ups(best, select(records, dataset, fast), 0.32, 'units')
+            assert cell == speed_up_text(ratios), line
