@@ -248,8 +248,10 @@ def test_runs_that_two_studies_share_have_one_name():
 
 
 @pytest.mark.parametrize('study', reproduce.STUDIES)
-def test_commands_are_those_of_train(study):
-    for run in reproduce.runs_of(study):
+def test_commands_are_those_of_train_and_none_runs_twice(study):
+    runs = reproduce.runs_of(study)
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
         args, _ = train.parse_args([*run.flags(), '--name', run.name])
         assert (args.budget, args.seed, args.name) == (run.budget, run.seed, run.name)
 
