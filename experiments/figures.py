@@ -62,8 +62,9 @@ def draw_speed_up(axis, base, fast):
     arrow = dict(arrowstyle='->', color=color, linestyle='--')
     axis.annotate('', (end, accuracy), (start, accuracy), arrowprops=arrow)
     factors = speed_up_text(speed_ups(base, fast, budget, 'units'))
-    # on the left and above all curves, which rise
-    axis.text(0.03, 0.92, f'{factors} times fewer', transform=axis.transAxes, color=color)
+    # on the right and below all curves, which rise
+    axis.text(0.97, 0.12, f'{factors} times fewer', transform=axis.transAxes, color=color,
+              horizontalalignment='right')
 
 
 def draw_panel(axis, records, dataset):
