@@ -165,7 +165,7 @@ def new_folder(args):
 
 
 def open_log(folder, new):
-    """The log of a run, open to append; emptied if the run is new.
+    """The log of a run, open for its lock; emptied if the run is new. `append` writes to it.
 
     It is locked, so that no second process goes on with the run. The lock ends with this process,
     however it ends.
@@ -184,13 +184,13 @@ def open_log(folder, new):
     return log
 
 
-def append(log, line):
-    """Write a line of JSON at once. Raises OSError, with the name of the file, on a full disk."""
+def append(path, lines):
+    """Add lines of JSON to a file. Raises OSError, with the name of the file, on a full disk."""
     try:
-        log.write(json.dumps(line) + '\n')
-        log.flush()
-    except OSError as error:
-        raise OSError(f'{quoted(log.name)} cannot be written: {error.strerror}') from None
+        with open(path, 'a') as file:
+            file.writelines(json.dumps(line) + '\n' for line in lines)
+    except OSError as error:                             # of a line, or of closing the file
+        raise OSError(f'{quoted(path)} cannot be written: {error.strerror}') from None
 
 
 def snapshot(run):

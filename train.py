@@ -531,7 +531,7 @@ class Run:
     state: State
     identity: dict                                   # what a resumed run must have in common
     folder: Path = None                              # of the main process alone, as the log
-    log_file: object = None
+    log_file: object = None                          # open for its lock
 
     @property
     def progress(self):
@@ -548,7 +548,7 @@ class Run:
 
     def write(self, line):
         if self.rank == 0:
-            append(self.log_file, line)
+            append(self.folder / 'log.jsonl', [line])
 
 
 def loss_of(run, model, images, tau, *key):
@@ -601,9 +601,7 @@ def measure_gradients(run, point):
                          **dataclasses.asdict(stat), metric=args.metric, method=args.method,
                          batch_size=args.batch_size, step=step, units=run.state.units))
     if run.rank == 0:
-        with open(run.folder / 'gradstats.jsonl', 'a') as file:
-            for row in rows:
-                append(file, row)
+        append(run.folder / 'gradstats.jsonl', rows)
 
 
 def random_batches(run, batches):
