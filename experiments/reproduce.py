@@ -89,6 +89,8 @@ RECIPES = (
     ('momentum0.95', ('--momentum', '0.95')),
     ('momentum0.996', ('--momentum', '0.996')),
     ('warmup0.02', ('--warmup', '0.02')),
+    ('lr0.001', ('--lr', '0.001')),    # half of the default
+    ('lr0.004', ('--lr', '0.004')),
 )
 DROP_BOTH = ('dropboth', ('--drop-branch', 'both'))
 CENTER_09 = ('center0.9', ('--center-momentum', '0.9'))          # DINO's own
