@@ -7,8 +7,8 @@
 
 headline    MoCo-v3 over budgets: uncompressed, under two constant strategies,
             and relaxed half way
-tuned       MoCo-v3 and DINO at 0.32 M against other uncompressed recipes: batches of
-            64, and DINO's own center and local crops, with its temperature or ours
+tuned       MoCo-v3 against uncompressed runs with batches of 64, not 128
+timed       MoCo-v3 with one run at a time, for the seconds
 objectives  MoCo-v3, SimCLR and DINO: uncompressed, compressed, and relaxed half way
 schedules   when to relax the compression: never, in stages, by the drop rate
             alone
@@ -17,7 +17,7 @@ decay       cosine and polynomial decay of the learning rate
 recipe      one setting at a time changed, uncompressed and compressed
 simclr      SimCLR under other strategies, and with tokens dropped from both views
 dino        DINO's own center, temperature and local crops, instead of ours; p8
-gpu         MoCo-v3 with ViT-Ti, uncompressed and compressed
+gpu         MoCo-v3 with ViT-Ti, uncompressed and relaxed half way
 paper       ViT-B on ImageNet-1k in ROOT/imagenet, at the paper's budgets, under
             schedules of ours: never run here. In the commands that
             `run paper --dry-run` prints, put torchrun --nproc_per_node 8 in the
@@ -75,6 +75,7 @@ class Study:
 
 
 BATCH_64 = ('batch64', ('--batch-size', '64'))
+ALONE = 'alone'                        # no other flags: these runs do not share the machine
 TEMPERATURE_01 = ('temperature0.1', ('--temperature', '0.1'))
 POLYNOMIAL = ('polynomial', ('--lr-schedule', 'polynomial'))
 VIT_TINY = ('vit_tiny', ('--arch', 'vit_tiny', '--batch-size', '512', '--lr', '5e-4', '--compile'))
@@ -91,6 +92,7 @@ RECIPES = (
     ('warmup0.02', ('--warmup', '0.02')),
     ('lr0.001', ('--lr', '0.001')),    # half of the default
     ('lr0.004', ('--lr', '0.004')),
+    ('batch64-lr0.004', ('--batch-size', '64', '--lr', '0.004')),
 )
 DROP_BOTH = ('dropboth', ('--drop-branch', 'both'))
 CENTER_09 = ('center0.9', ('--center-momentum', '0.9'))          # DINO's own
@@ -117,10 +119,12 @@ STUDIES = dict(
         [Row('moco', schedule) for schedule in ('none', 'p8', 'p8-drop0.50', DYNAMIC)],
         DATASETS, (0.02, 0.04, 0.08, 0.32, 1.28)),
     tuned=Study(
-        [Row('moco', 'none', *BATCH_64), Row('moco', 'p8'), Row('moco', 'p8-drop0.50'),
-         Row('dino', 'none', *DINO_OWN), Row('dino', 'p8-drop0.50'),
-         Row('dino', 'none', *CENTER_09_LOCAL_4), Row('dino', 'p8-drop0.50')],
-        DATASETS, (0.32,)),
+        [Row('moco', 'none', *BATCH_64)]
+        + [Row('moco', schedule) for schedule in ('p8', 'p8-drop0.50', DYNAMIC)],
+        DATASETS, (0.32, 1.28)),
+    timed=Study(
+        [Row('moco', schedule, ALONE) for schedule in ('none', 'p8', 'p8-drop0.50')],
+        DATASETS, (0.04, 0.08, 0.16, 0.32), seeds=(0,)),
     objectives=Study(
         [Row(method, schedule)
          for method in ('moco', 'simclr', 'dino')
@@ -144,13 +148,14 @@ STUDIES = dict(
          Row('simclr', 'p8-drop0.75'), Row('simclr', 'p8-drop0.50', *DROP_BOTH)],
         DATASETS, (0.08,), seeds=(0,)),
     dino=Study(
-        [Row('dino', schedule, *recipe)
-         for recipe in ((), LOCAL_4, CENTER_09, CENTER_09_LOCAL_4, DINO_OWN)
-         for schedule in ('none', 'p8-drop0.50')]
-        + [Row('dino', 'p8')],
+        [Row('dino', schedule) for schedule in ('none', 'p8-drop0.50', 'p8')]
+        + [Row('dino', schedule, *compared)
+           for recipe in (LOCAL_4, CENTER_09, CENTER_09_LOCAL_4, DINO_OWN)
+           for schedule, compared in (('none', recipe), ('p8-drop0.50', recipe),
+                                      ('p8-drop0.50', ()))],
         DATASETS, (0.02, 0.04, 0.08, 0.32), seeds=(0,)),
     gpu=Study(
-        [Row('moco', schedule, *VIT_TINY) for schedule in ('none', 'p8-drop0.50')],
+        [Row('moco', schedule, *VIT_TINY) for schedule in ('none', DYNAMIC)],
         ('cifar10',), (1.0, 4.0, 16.0), seeds=(0,)),
     paper=Study(
         [Row(method, schedule, '', PAPER + recipe)
@@ -342,12 +347,22 @@ def logged_steps(flags, stdout=None):
     return steps
 
 
-def units_per_second(row, root):
-    """The speed of a row after its first steps, in which torch.compile works."""
-    run = Run('gpu', 'cifar10', row, budget=1000, seed=0)
-    steps = logged_steps([*run.flags(root), '--max-steps', '60'])
-    start, end = steps[-3], steps[-1]
-    return (end['units'] - start['units']) / (end['seconds'] - start['seconds'])
+def steady_speed(steps):
+    """Units per second of a run, from the last lines of each of its strategies.
+
+    torch.compile works in the first steps of a strategy, which a longer run hardly feels.
+    """
+    by_strategy = {}
+    for step in steps:
+        by_strategy.setdefault(step['query'], []).append(step)
+    seconds = 0.0
+    begun = 0                          # units spent before this strategy
+    for lines in by_strategy.values():
+        start, end = lines[-3], lines[-1]
+        pace = (end['seconds'] - start['seconds']) / (end['units'] - start['units'])
+        seconds += (end['units'] - begun) * pace
+        begun = end['units']
+    return begun / seconds
 
 
 def gpu(args):
@@ -356,12 +371,14 @@ def gpu(args):
     passed = cuda_tests_pass(seconds=150)
     root = str(Path(args.data_root).resolve())
     none, fast = STUDIES['gpu'].rows
-    speeds = {row: units_per_second(row, root) for row in (none, fast)}
+    trials = {row: Run('gpu', 'cifar10', row, budget=0.1, seed=0) for row in (none, fast)}
+    speeds = {row: steady_speed(logged_steps(run.flags(root))) for row, run in trials.items()}
 
     # The speed-up is read off a curve of accelerated runs, so there are shorter ones as well. The
-    # one that is least needed comes last. Each takes half a minute to start and read the images.
+    # one that is least needed comes last. Each takes up to 40 seconds to start, to read the images
+    # and to compile.
     parts = [(fast, 1 / 16), (none, 1), (fast, 1 / 4), (fast, 1)]
-    seconds = deadline - time.monotonic() - 30 * len(parts)
+    seconds = deadline - time.monotonic() - 40 * len(parts)
     budget = seconds / sum(part / speeds[row] for row, part in parts) / 1e6
     print(f'{speeds[none]:,.0f} units/s uncompressed, {speeds[fast]:,.0f} compressed: '
           f'the budget is {budget:.2g} M units', flush=True)

@@ -391,7 +391,8 @@ def write_page(studies, path):
              if (path.parent / name).exists()]
     random = {TITLES[dataset]: random_score(records, dataset) for dataset in TITLES}
     random = [f'{title} {score:.1f} %' for title, score in random.items() if score]
-    compared = {name: studies[name] for name in ('headline', 'tuned', 'objectives', 'gpu')}
+    compared = ('headline', 'tuned', 'timed', 'objectives', 'dino', 'gpu')
+    compared = {name: studies[name] for name in compared}
     page = [
         INTRODUCTION,
         f'20-NN of the network before training: {", ".join(random)}.',

@@ -256,6 +256,17 @@ def test_commands_are_those_of_train_and_none_runs_twice(study):
         assert (args.budget, args.seed, args.name) == (run.budget, run.seed, run.name)
 
 
+def test_speed_leaves_out_the_first_lines_of_each_strategy():
+    """p8-drop0.50 spends 300 units at 10 a second, p8 as many at 30: 600 units in 40 s."""
+    def lines(query, units, seconds):
+        return [dict(query=query, units=u, seconds=s) for u, s in zip(units, seconds)]
+
+    steps = lines('p8-drop0.50', (100, 200, 250, 300), (60, 90, 95, 100))
+    steps += lines('p8', (360, 480, 540, 600), (170, 198, 200, 202))
+    assert reproduce.steady_speed(steps) == pytest.approx(600 / (30 + 10))
+    assert reproduce.steady_speed(steps[:4]) == pytest.approx(10)
+
+
 @pytest.mark.parametrize('command, message', [
     ('run headline --jobs 0', 'argument --jobs: 0 must be at least 1'),
     ('run headline --budgets 0', 'argument --budgets: 0 must be above 0'),
