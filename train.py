@@ -154,6 +154,8 @@ def build_parser():
     group.add_argument('--crop-scale', type=number(float, 0.001, 1),
                        help="smallest area of a crop, but for DINO's local ones (default: the "
                             "recipe's)")
+    group.add_argument('--jitter', type=number(float, 0, 5), default=1,
+                       help="factor on the strength of the recipe's color jitter")
     group.add_argument('--workers', type=count_or_zero, default=2,
                        help='loader processes for images in files, of each training process')
     group.add_argument('--from-disk', action='store_true',
@@ -325,6 +327,8 @@ def build_method(args, encoder):
 def build_views(args):
     """The recipe of the method, at the nominal sides."""
     views = recipe(args.method, args.img_size, args.local_crops, args.local_size)
+    views = [dataclasses.replace(view, jitter=tuple(args.jitter * s for s in view.jitter))
+             for view in views]
     if args.crop_scale:
         views[:2] = [dataclasses.replace(view, scale=(args.crop_scale, 1.0)) for view in views[:2]]
     return views

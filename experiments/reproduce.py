@@ -7,7 +7,8 @@
 
 headline    MoCo-v3 over budgets: uncompressed, under two constant strategies,
             and relaxed half way
-tuned       MoCo-v3 against uncompressed runs with batches of 64, not 128
+tuned       MoCo-v3 against uncompressed runs with batches of 64, not 128, or with
+            twice the color jitter
 timed       MoCo-v3 with one run at a time, for the seconds
 objectives  MoCo-v3, SimCLR and DINO: uncompressed, compressed, and relaxed half way
 schedules   when to relax the compression: never, in stages, by the drop rate
@@ -75,6 +76,7 @@ class Study:
 
 
 BATCH_64 = ('batch64', ('--batch-size', '64'))
+JITTER_2 = ('jitter2', ('--jitter', '2'))
 ALONE = 'alone'                        # no other flags: these runs do not share the machine
 TEMPERATURE_01 = ('temperature0.1', ('--temperature', '0.1'))
 POLYNOMIAL = ('polynomial', ('--lr-schedule', 'polynomial'))
@@ -83,6 +85,8 @@ RECIPES = (
     (),                                # variant and flags of the defaults
     ('crop0.4', ('--crop-scale', '0.4')),
     ('crop0.6', ('--crop-scale', '0.6')),
+    ('jitter0.5', ('--jitter', '0.5')),
+    JITTER_2,
     BATCH_64,
     ('batch256', ('--batch-size', '256')),
     ('crop0.4-batch64', ('--crop-scale', '0.4', '--batch-size', '64')),
@@ -120,6 +124,8 @@ STUDIES = dict(
         DATASETS, (0.02, 0.04, 0.08, 0.32, 1.28)),
     tuned=Study(
         [Row('moco', 'none', *BATCH_64)]
+        + [Row('moco', schedule) for schedule in ('p8', 'p8-drop0.50', DYNAMIC)]
+        + [Row('moco', 'none', *JITTER_2), Row('moco', 'p8', *JITTER_2)]
         + [Row('moco', schedule) for schedule in ('p8', 'p8-drop0.50', DYNAMIC)],
         DATASETS, (0.32, 1.28)),
     timed=Study(

@@ -291,6 +291,11 @@ def test_views_of_dino(flags, sides, scales):
     assert [view.scale for view in views] == scales
 
 
+def test_jitter_scales_all_strengths_of_every_view():
+    args, _ = train.parse_args(['--method', 'dino', '--local-crops', '1', '--jitter', '2'])
+    assert [view.jitter for view in train.build_views(args)] == 3 * [(0.8, 0.8, 0.4, 0.2)]
+
+
 # ---------------------------------------------------------------- patch sizes by branch
 
 def test_patch_branch_query_renders_each_branch_at_its_own_side(run, capsys):
