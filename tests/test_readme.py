@@ -59,13 +59,16 @@ def test_the_first_table_says_what_the_runs_say():
         ([Row('simclr', 'none')], Row('simclr', DYNAMIC), 0.32),
         ([Row('simclr', 'none')], Row('simclr', 'p8-drop0.50'), 0.32),
         ([dino], Row('dino', 'p8-drop0.50'), 0.32),
-        (recipes, Row('dino', 'p8-drop0.50'), 0.32),       # the best of them, on each data set
+        (recipes, Row('dino', 'p8-drop0.50'), 0.32),       # the best of them, for each seed
     ]
     table = README[README.index('| times fewer units'):].split('\n\n')[0].splitlines()[2:]
     records = load_results()
     for line, (baselines, fast, budget) in zip(table, rows, strict=True):
         for dataset, cell in zip(DATASETS, line.split(' | ')[1:]):
-            slow = [select(records, dataset, row) for row in baselines]
-            best = max(slow, key=lambda runs: runs[budget][0]['knn'])
-            ratios = speed_ups(best, select(records, dataset, fast), budget, 'units')
+            best = {}
+            for row in baselines:
+                for seed, run in select(records, dataset, row)[budget].items():
+                    if seed not in best or run['knn'] > best[seed]['knn']:
+                        best[seed] = run
+            ratios = speed_ups({budget: best}, select(records, dataset, fast), budget, 'units')
             assert cell == speed_up_text(ratios), line
