@@ -77,6 +77,7 @@ class Study:
 
 BATCH_64 = ('batch64', ('--batch-size', '64'))
 JITTER_2 = ('jitter2', ('--jitter', '2'))
+UNCOMPRESSED = [Row('moco', 'none'), Row('moco', 'none', *BATCH_64), Row('moco', 'none', *JITTER_2)]
 ALONE = 'alone'                        # no other flags: these runs do not share the machine
 TEMPERATURE_01 = ('temperature0.1', ('--temperature', '0.1'))
 POLYNOMIAL = ('polynomial', ('--lr-schedule', 'polynomial'))
@@ -123,10 +124,9 @@ STUDIES = dict(
         [Row('moco', schedule) for schedule in ('none', 'p8', 'p8-drop0.50', DYNAMIC)],
         DATASETS, (0.02, 0.04, 0.08, 0.32, 1.28)),
     tuned=Study(
-        [Row('moco', 'none', *BATCH_64)]
-        + [Row('moco', schedule) for schedule in ('p8', 'p8-drop0.50', DYNAMIC)]
-        + [Row('moco', 'none', *JITTER_2), Row('moco', 'p8', *JITTER_2)]
-        + [Row('moco', schedule) for schedule in ('p8', 'p8-drop0.50', DYNAMIC)],
+        [row for base in UNCOMPRESSED[1:]
+         for row in (base, *(Row('moco', schedule) for schedule in ('p8', 'p8-drop0.50', DYNAMIC)))]
+        + [Row('moco', 'none', *JITTER_2), Row('moco', 'p8', *JITTER_2)],
         DATASETS, (0.32, 1.28)),
     timed=Study(
         [Row('moco', schedule, ALONE) for schedule in ('none', 'p8', 'p8-drop0.50')],

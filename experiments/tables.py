@@ -128,6 +128,21 @@ def select(records, dataset, row):
     return found
 
 
+def best_of(records, dataset, rows):
+    """{budget: {seed: record}} of the best run by 20-NN of each seed, whichever row it belongs to.
+
+    At the budgets that all rows have.
+    """
+    runs_of = [select(records, dataset, row) for row in rows]
+    best = {}
+    for budget in sorted(set.intersection(*map(set, runs_of))):
+        runs = [run for by_budget in runs_of for run in by_budget[budget].values()]
+        runs.sort(key=lambda run: run['knn'])
+        last = {run['seed']: run for run in runs}      # of equal seeds the last one stays
+        best[budget] = dict(sorted(last.items()))
+    return best
+
+
 # ---------------------------------------------------------------- speed-up at equal accuracy
 
 def crossing(points, target):
