@@ -154,7 +154,7 @@ def build_parser():
     group.add_argument('--crop-scale', type=number(float, 0.001, 1),
                        help="smallest area of a crop, but for DINO's local ones (default: the "
                             "recipe's)")
-    group.add_argument('--jitter', type=number(float, 0, 5), default=1,
+    group.add_argument('--jitter', type=number(float, 0, 2), default=1,
                        help="factor on the strength of the recipe's color jitter")
     group.add_argument('--workers', type=count_or_zero, default=2,
                        help='loader processes for images in files, of each training process')

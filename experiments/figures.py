@@ -78,7 +78,7 @@ def draw_panel(axis, records, dataset):
     best = best_of(records, dataset, UNCOMPRESSED)
     if best:
         look = dict(LOOKS['none'], linestyle='--', marker='*', markersize=9)
-        draw_curve(axis, mean_curve(best), 'uncompressed, best of three recipes', look)
+        draw_curve(axis, mean_curve(best), 'uncompressed, best recipe', look)
         base = best
     if base and ARROW in runs:
         draw_speed_up(axis, base, runs[ARROW])

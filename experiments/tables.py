@@ -131,16 +131,22 @@ def select(records, dataset, row):
 def best_of(records, dataset, rows):
     """{budget: {seed: record}} of the best run by 20-NN of each seed, whichever row it belongs to.
 
-    At the budgets that all rows have.
+    Compared are the rows that have runs at a budget, if there are several, on the seeds that all of
+    these have.
     """
     runs_of = [select(records, dataset, row) for row in rows]
     best = {}
-    for budget in sorted(set.intersection(*map(set, runs_of))):
-        runs = [run for by_budget in runs_of for run in by_budget[budget].values()]
-        runs.sort(key=lambda run: run['knn'])
-        last = {run['seed']: run for run in runs}      # of equal seeds the last one stays
-        best[budget] = dict(sorted(last.items()))
+    for budget in sorted(set().union(*runs_of)):
+        compared = [by_budget[budget] for by_budget in runs_of if budget in by_budget]
+        seeds = sorted(set.intersection(*map(set, compared)))
+        if len(compared) > 1 and seeds:
+            best[budget] = {seed: max((by_seed[seed] for by_seed in compared), key=score)
+                            for seed in seeds}
     return best
+
+
+def score(run):
+    return run['knn']
 
 
 # ---------------------------------------------------------------- speed-up at equal accuracy
@@ -208,23 +214,34 @@ def timed(runs):
             for budget, by_seed in runs.items()}
 
 
+def speed_up_lines(records, dataset, row, base, against):
+    """A line for each budget of the uncompressed runs `base`, the largest first."""
+    fast = select(records, dataset, row)
+    for budget in sorted(base, reverse=True):
+        units = speed_ups(base, fast, budget, 'units')
+        seconds = speed_ups(timed(base), timed(fast), budget, 'seconds')
+        if units:
+            accuracy = mean_and_spread([base[budget][seed]['knn'] for seed in units])
+            yield [row.method, label(row), against, f'{budget:g}', accuracy, len(units),
+                   speed_up_text(units), speed_up_text(seconds) or '-']
+
+
 def speed_up_table(records, dataset, rows):
-    """A line for each accelerated row and each budget of its uncompressed runs, the largest first.
-    """
+    """Each accelerated row against the uncompressed one before it, then against the best of all."""
     lines = []
     for row in rows:
         if row.schedule == 'none':
             base = select(records, dataset, row)     # of the rows that follow
             against = label(row)
-            continue
-        fast = select(records, dataset, row)
-        for budget in sorted(base, reverse=True):
-            units = speed_ups(base, fast, budget, 'units')
-            seconds = speed_ups(timed(base), timed(fast), budget, 'seconds')
-            if units:
-                accuracy = mean_and_spread([base[budget][seed]['knn'] for seed in units])
-                lines.append([row.method, label(row), against, f'{budget:g}', accuracy, len(units),
-                              speed_up_text(units), speed_up_text(seconds) or '-'])
+        else:
+            lines += speed_up_lines(records, dataset, row, base, against)
+
+    recipes = [row for row in rows if row.schedule == 'none']
+    if len({row.method for row in recipes}) == 1:
+        best = best_of(records, dataset, recipes)
+        for row in dict.fromkeys(rows):              # a row may be compared several times
+            if row.schedule != 'none':
+                lines += speed_up_lines(records, dataset, row, best, 'the best recipe')
     head = ['method', 'schedule', 'against', 'its budget, M', 'its 20-NN, %', 'n',
             'times fewer units', 'times fewer seconds']
     return markdown(head, lines)
@@ -261,24 +278,24 @@ def pilot_table(records, dataset, rows):
     complete = [budget for budget, finals in scores.items()
                 if len(finals) == len(schedules) and min(map(len, finals.values())) > 1]
 
-    def lost(long, chosen):
+    def points(long, chosen):
         """chosen: {seed: schedule}"""
-        points = [points_lost(long, schedule, seed) for seed, schedule in chosen.items()]
-        return ', '.join(f'{value:.1f}' for value in points)
+        lost = [points_lost(long, schedule, seed) for seed, schedule in chosen.items()]
+        return ', '.join(f'{value:.1f}' for value in lost)
 
-    def best(short, seed):
+    def choose(short, seed):
         return max(short, key=lambda schedule: short[schedule][seed])
 
     lines = []
     for budget in sorted(complete):
-        if budget / 4 not in complete:
+        if budget / 4 not in complete:               # exact: only the exponent differs
             continue
         short, long = scores[budget / 4], scores[budget]
         seeds = sorted(set.intersection(*map(set, short.values())))
-        chosen = {seed: best(short, seed) for seed in seeds}
-        always = [lost(long, dict.fromkeys(sorted(final), schedule))
+        chosen = {seed: choose(short, seed) for seed in seeds}
+        always = [points(long, dict.fromkeys(sorted(final), schedule))
                   for schedule, final in long.items()]
-        lines.append([f'{budget:g}', ', '.join(chosen.values()), lost(long, chosen), *always])
+        lines.append([f'{budget:g}', ', '.join(chosen.values()), points(long, chosen), *always])
     head = ['budget, M', 'chosen, by each seed', 'points lost']
     return markdown([*head, *(f'always {schedule}' for schedule in schedules)], lines)
 
@@ -408,8 +425,8 @@ def write_page(studies, path):
              if (path.parent / name).exists()]
     random = {TITLES[dataset]: random_score(records, dataset) for dataset in TITLES}
     random = [f'{title} {score:.1f} %' for title, score in random.items() if score]
-    compared = ('headline', 'tuned', 'timed', 'objectives', 'dino', 'gpu')
-    compared = {name: studies[name] for name in compared}
+    names = ('headline', 'tuned', 'timed', 'objectives', 'dino', 'gpu')
+    compared = {name: studies[name] for name in names}
     page = [
         INTRODUCTION,
         f'20-NN of the network before training: {", ".join(random)}.',

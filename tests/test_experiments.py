@@ -121,6 +121,18 @@ def test_seconds_are_those_of_runs_that_had_the_machine_to_themselves(sharing, s
     assert line == f'| moco | p8 | none | 1.28 | 47.50 +- 3.54 | 2 | 6.0 +- 2.8 | {seconds} |'
 
 
+def test_best_recipe_is_that_of_each_seed_that_all_rows_have():
+    """At 0.08 M p8 has no run: nothing is compared. At 0.32 M it has no seed 2."""
+    scores = {('none', 0.08): (40.0,), ('none', 0.32): (50.0, 60.0, 90.0),
+              ('p8', 0.32): (55.0, 45.0)}
+    records = [record(name, budget, seed, score)
+               for (name, budget), row in scores.items() for seed, score in enumerate(row)]
+    rows = [reproduce.Row('moco', 'none'), reproduce.Row('moco', 'p8')]
+    best = tables.best_of(records, 'shapes', rows)
+    assert list(best) == [0.32]
+    assert {seed: run['knn'] for seed, run in best[0.32].items()} == {0: 55.0, 1: 60.0}
+
+
 def test_short_runs_are_judged_by_the_long_runs_of_other_seeds():
     """Long runs: p8 has 70 and 50, p8-drop0.50 60 and 90. Seed 0 chooses p8, and seed 1 judges that
     it loses 90 - 50 points. Seed 1 chooses p8-drop0.50, and loses 70 - 60 on seed 0.
