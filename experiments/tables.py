@@ -140,13 +140,9 @@ def best_of(records, dataset, rows):
         compared = [by_budget[budget] for by_budget in runs_of if budget in by_budget]
         seeds = sorted(set.intersection(*map(set, compared)))
         if len(compared) > 1 and seeds:
-            best[budget] = {seed: max((by_seed[seed] for by_seed in compared), key=score)
-                            for seed in seeds}
+            best[budget] = {seed: max((by_seed[seed] for by_seed in compared),
+                                      key=lambda run: run['knn']) for seed in seeds}
     return best
-
-
-def score(run):
-    return run['knn']
 
 
 # ---------------------------------------------------------------- speed-up at equal accuracy
