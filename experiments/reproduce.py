@@ -385,6 +385,8 @@ def gpu(args):
     # and to compile.
     parts = [(fast, 1 / 16), (none, 1), (fast, 1 / 4), (fast, 1)]
     seconds = deadline - time.monotonic() - 40 * len(parts)
+    if seconds <= 0:
+        raise RuntimeError('the tests and the timing left no time to train')
     budget = seconds / sum(part / speeds[row] for row, part in parts) / 1e6
     print(f'{speeds[none]:,.0f} units/s uncompressed, {speeds[fast]:,.0f} compressed: '
           f'the budget is {budget:.2g} M units', flush=True)
