@@ -69,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Study:
-    rows: list                         # the uncompressed row before those compared with it
+    rows: list                         # uncompressed ones before those compared with their best
     datasets: tuple
     budgets: tuple                     # millions of units
     seeds: tuple = (0, 1, 2)           # from 1 M units on, the first two
@@ -125,8 +125,9 @@ STUDIES = dict(
         [UNCOMPRESSED[0], *COMPRESSED],
         DATASETS, (0.02, 0.04, 0.08, 0.32, 1.28)),
     tuned=Study(
-        [UNCOMPRESSED[0], *COMPRESSED, UNCOMPRESSED[1], *COMPRESSED,
-         UNCOMPRESSED[2], Row('moco', 'p8', *JITTER_2), *COMPRESSED],
+        [Row('moco', 'none', *BATCH_64), *COMPRESSED,
+         Row('moco', 'none', *JITTER_2), *COMPRESSED, Row('moco', 'p8', *JITTER_2),
+         *UNCOMPRESSED, *COMPRESSED],
         DATASETS, (0.32, 1.28)),
     timed=Study(
         [Row('moco', schedule, ALONE) for schedule in ('none', 'p8', 'p8-drop0.50')],
@@ -158,7 +159,9 @@ STUDIES = dict(
         + [Row('dino', schedule, *compared)
            for recipe in (LOCAL_4, CENTER_09, CENTER_09_LOCAL_4, DINO_OWN)
            for schedule, compared in (('none', recipe), ('p8-drop0.50', recipe),
-                                      ('p8-drop0.50', ()))],
+                                      ('p8-drop0.50', ()))]
+        + [Row('dino', 'none', *recipe) for recipe in ((), CENTER_09_LOCAL_4, DINO_OWN)]
+        + [Row('dino', 'p8-drop0.50')],
         DATASETS, (0.02, 0.04, 0.08, 0.32), seeds=(0,)),
     gpu=Study(
         [Row('moco', schedule, *VIT_TINY) for schedule in ('none', DYNAMIC)],
