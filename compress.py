@@ -10,8 +10,11 @@
                      B is the linear map that resizes a p x p patch to q x q, so that
                      <B x, w_q> = <x, w> for every patch x when q >= p
 
-A pair (patch size, drop rate) is a strategy. `sample_cost` says what a training sample costs
-under it.
+What patch scaling is. <x, pinv(B^T) w> = <pinv(B) x, w>: the token of a large patch x is the token
+of its least-squares p x p picture, read by the trained kernel. So the encoder sees p^2 numbers of a
+patch and nothing else, and a view for larger patches needs no more pixels than those.
+
+A pair (patch size, drop rate) is a strategy, and `pass_flops` says what it saves.
 
 Shapes: b batch, n patch tokens, k kept tokens, d width, c channels, p old patch side, q new patch
 side, h w grid.
@@ -89,15 +92,13 @@ def drop_tokens(tokens, ids):
 
 # ---------------------------------------------------------------- patch scaling
 
-def rendered_side(nominal, patch_size):
-    """The side of a view in pixels: the multiple of the patch size nearest to the nominal side.
+def patches_per_side(side, patch_size):
+    """Patches along the side of a view: it keeps its field of view and changes its resolution.
 
-    The view keeps its field of view and only changes its resolution, so any patch size can be used:
-    at 224 px, patch 30 gives 210 px and 7 x 7 patches. A tie goes up. At least one patch remains.
+    So any patch size can be used: at 224 px, patch 30 makes 7 x 7 patches, of 210 px. A tie goes
+    up. At least one patch remains.
     """
-    if patch_size < 1:
-        raise ValueError(f'patch size {patch_size} must be at least 1 pixel')
-    return max(1, int(nominal / patch_size + 0.5)) * patch_size
+    return max(1, int(side / patch_size + 0.5))
 
 
 @lru_cache(maxsize=None)
@@ -107,8 +108,6 @@ def resize_matrix(old, new, interpolation='bilinear', antialias=False):
     'bilinear' without antialias is FlexiViT's reference; timm's default, 'bicubic' with antialias,
     changes the tokens of enlarged patches by 5 to 28 %. Half-pixel centres (align_corners=False).
     """
-    if old < 1 or new < 1:
-        raise ValueError(f'patch sizes {old} and {new} must be at least 1 pixel')
     with torch.inference_mode(False):  # the cached matrix must stay usable under autograd
         unit_patches = torch.eye(old * old, dtype=torch.float64)
         unit_patches = rearrange(unit_patches, 'i (y x) -> i 1 y x', y=old)
@@ -157,60 +156,31 @@ def resize_pos_embed(pos, old_grid, new_grid, interpolation='bicubic', antialias
 
 # ---------------------------------------------------------------- what a strategy costs
 
-def forward_flops(tokens, embed_dim, depth, mlp_ratio=4.0, patch_dim=0):
-    """FLOPs (2 per multiply-add) of one image of `tokens` kept patches: (patch projection, blocks).
+def pass_flops(tokens, patch_dim, embed_dim, depth, mlp_ratio=4.0,  # noqa: PLR0913
+               head=(), trains=False, frozen_patches=False):
+    """FLOPs (2 per multiply-add) of one image of `tokens` kept patches through encoder and head.
 
     Multiply-adds of a block, with N = tokens + 1 (class token) and r = mlp_ratio: qkv and proj
-    4 N d^2, the MLP 2 r N d^2, q k^T and a v 2 N^2 d. patch_dim = c p p. Dropped tokens are never
-    embedded.
-    ViT-B/16 at 224 px: 2 x 17.56 G.
+    4 N d^2, the MLP 2 r N d^2, q k^T and a v 2 N^2 d. patch_dim = c p p. head: widths of its linear
+    layers. Dropped tokens are never embedded. ViT-B/16 at 224 px: 2 x 17.56 G.
+
+    trains: forward and backward. The paper's unit of cost is a forward pass of the uncompressed
+    encoder, so that a trained pass costs about 3 units and the key's pass 1.
     """
     n = tokens + 1
     linear_layers = (4 + 2 * mlp_ratio) * n * embed_dim ** 2
     attention = 2 * n ** 2 * embed_dim
-    return 2 * tokens * patch_dim * embed_dim, 2 * depth * (linear_layers + attention)
-
-
-def tokens_of(side, patch_size, drop_rate=0.0):
-    """Patch tokens that the encoder processes of a view of this nominal side."""
-    per_side = rendered_side(side, patch_size) // patch_size
-    return num_keep(per_side ** 2, drop_rate)
-
-
-def pass_flops(config, side, patch_size=None, drop_rate=0.0, grad=False, head=()):
-    """FLOPs of one pass of the encoder (ViT.config) and a head over a view of this nominal side.
-
-    grad: forward and backward, else forward alone. head: widths of its linear layers.
-    """
-    if patch_size is None:
-        patch_size = config['patch_size']
-    tokens = tokens_of(side, patch_size, drop_rate)
-    projection, blocks = forward_flops(tokens, config['embed_dim'], config['depth'],
-                                       config['mlp_ratio'], config['in_chans'] * patch_size ** 2)
+    projection = 2 * tokens * patch_dim * embed_dim
+    blocks = 2 * depth * (linear_layers + attention)
     blocks += 2 * sum(a * b for a, b in zip(head, head[1:]))
-    if not grad:
+    if not trains:
         return projection + blocks
     # backward costs two forwards: the gradient of the weights and that of the input.
     # Images need no gradient, and a frozen patch projection needs neither.
-    projection *= 1 if config['freeze_patch_embed'] else 2
-    return projection + 3 * blocks
+    return projection * (1 if frozen_patches else 2) + 3 * blocks
 
 
-def sample_cost(passes, sides, config):
-    """c(tau), the cost of training on one sample, in units (paper, "sample cost").
-
-    One unit is one forward pass of the uncompressed encoder on one image (the paper's clock).
-    passes: dicts(view, branch, patch_size, drop_rate, grad, head), as a method of losses.py lists
-    them for tau; patch_size None is the base one. sides: the nominal side of each view in pixels.
-    """
-    total = 0.0
-    for one in passes:
-        options = {name: one[name] for name in one if name not in ('view', 'branch')}
-        total += pass_flops(config, sides[one['view']], **options)
-    return total / pass_flops(config, config['img_size'])
-
-
-if __name__ == '__main__':
+def self_check():
     torch.manual_seed(0)
     kernel, patch = torch.randn(8, 3, 16, 16), torch.randn(32, 3, 16, 16)
     token = torch.einsum('b c y x, d c y x -> b d', patch, kernel)
@@ -221,21 +191,21 @@ if __name__ == '__main__':
         print(f'patch 16 -> {q}: tokens of enlarged patches change by {error:.1e}')
         assert error < 1e-5
 
-    counts = torch.bincount(random_keep(20_000, 49, 0.75).flatten(), minlength=49)
-    z = (counts - 20_000 * 12 / 49) / (20_000 * 12 / 49 * 37 / 49) ** 0.5
-    print(f'token dropout: 12 of 49 kept, largest deviation from uniform {z.abs().max():.1f} sigma')
-    assert z.abs().max() < 4.5
+    large = torch.randn(32, 3, 48, 48)                     # noise: no enlarged small patch
+    small = large.flatten(2) @ torch.linalg.pinv(resize_matrix(16, 48)).T.float()
+    wanted = torch.einsum('b c y x, d c y x -> b d', large, pi_resize(kernel, 48))
+    token = torch.einsum('b c i, d c i -> b d', small, kernel.flatten(2))
+    error = ((token - wanted).norm() / wanted.norm()).item()
+    print(f'patch 48: its token is that of its least-squares picture of 16 x 16, to {error:.1e}')
+    assert error < 1e-5
 
-    vit_base = dict(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, mlp_ratio=4.0,
-                    freeze_patch_embed=False)
-    print('ViT-B at 224 px, query with gradient and key without, heads not counted:')
-    for text in ('p16', 'p16-drop0.75', 'p20', 'p24', 'p30', 'p40', 'p48', 'p48-drop0.50'):
-        tau = Compression.parse(text)
-        query = dict(view=0, patch_size=tau.patch_size, drop_rate=tau.drop_rate, grad=True)
-        both = sample_cost([query, dict(view=0, patch_size=tau.patch_size)], [224], vit_base)
-        full_key = sample_cost([query, dict(view=0)], [224], vit_base)
-        print(f'{text:>13}: view of {rendered_side(224, tau.patch_size)} px, '
-              f'{tokens_of(224, *vars(tau).values()) + 1:3} tokens, {both:.2f} units a sample, '
-              f'{full_key:.2f} with an uncompressed key')
-    assert tokens_of(224, 30) + 1 == tokens_of(224, 16, 0.75) + 1 == 50     # L_q of the paper
+    unit = pass_flops(196, 768, 768, 12)
+    for name, k in (('uncompressed', 196), ('half of the tokens', 98), ('patches of 48 px', 25)):
+        query = pass_flops(k, 768, 768, 12, trains=True)
+        key = pass_flops(25 if k == 25 else 196, 768, 768, 12)
+        print(f'ViT-B at 224 px, query 3 and key 1, {name}: {(query + key) / unit:.2f} units')
     print('compress.py: all claims hold')
+
+
+if __name__ == '__main__':
+    self_check()

@@ -9,10 +9,6 @@ g_tau is the gradient of a random batch under strategy tau, tau0 no compression:
 and, ours, how far it still points the right way:
 
     cosine(tau)   = <E g_tau0, E g_tau> / (|| E g_tau0 || || E g_tau ||)
-    slope(tau)    = <E g_tau0, P E g_tau>,  P = 1 / sqrt(E g_tau^2) per coordinate
-
-slope is how fast the uncompressed loss falls along the step of an Adam that has only seen tau. Its
-P comes from the same batches, so it is unbiased only in the limit of many.
 
 All of these are made of products <E a, E b>. The naive product of two means over n batches is
 biased by the noise that they share: with d = g_tau - g_tau0, || mean d ||^2 adds Var(d) / n, most
@@ -46,31 +42,18 @@ import torch
 
 @dataclass(frozen=True)
 class GradStats:
-    """Estimates with their standard errors.
+    """Estimates with their standard errors, in units of the squared gradient; cosine has none.
 
-    Units: those of the squared gradient; slope has those of the gradient, cosine none.
-
-    mse = E || g_tau - E g_tau0 ||^2 = bias2 + variance. norm2 = || E g_tau0 ||^2, for scale.
-    mean2 = || E g_tau ||^2. inner = <E g_tau0, E g_tau>. slope0 is the slope of tau0.
+    norm2 = || E g_tau0 ||^2, for scale. cosine is NaN where a squared norm is lost in noise.
     """
     bias2: float
     bias2_sem: float
     variance: float
     variance_sem: float
-    mse: float
-    mse_sem: float
     norm2: float
     norm2_sem: float
-    mean2: float
-    mean2_sem: float
-    inner: float
-    inner_sem: float
     cosine: float
     cosine_sem: float
-    slope: float
-    slope_sem: float
-    slope0: float
-    slope0_sem: float
     num_batches: int
 
 
@@ -79,11 +62,10 @@ def gradient_stats(grad_fn, strategies, reference, batches, groups=4, scale=None
 
     grad_fn(batch, strategy) -> flat gradient of the loss on this batch. It must not change any
     state, and repeat its draws of views for the same batch. batches: a sequence, a multiple of
-    `groups`. scale: a factor that multiplies each coordinate of the gradient (see adam_scale) or
-    None; slope ignores it and has a metric of its own.
+    `groups`. scale: a factor that multiplies each coordinate of the gradient (see adam_scale).
 
     Batches are visited in order, each under every strategy before the next.
-    Time: one gradient per strategy and batch. Memory: groups + 3 gradients per strategy.
+    Time: one gradient per strategy and batch. Memory: groups + 2 gradients per strategy.
     """
     batches = list(batches)
     if groups < 3 or not batches or len(batches) % groups:
@@ -93,7 +75,6 @@ def gradient_stats(grad_fn, strategies, reference, batches, groups=4, scale=None
     order = list(dict.fromkeys([reference, *strategies]))
     means = {s: [] for s in order}                     # the mean gradient of each group
     squares = {s: [] for s in order}                   # the mean of ||g||^2 of each group
-    moments = {}                                       # the sum of g^2 of each coordinate
 
     for first in range(0, len(batches), n):
         total = {}
@@ -101,25 +82,22 @@ def gradient_stats(grad_fn, strategies, reference, batches, groups=4, scale=None
         for batch in batches[first:first + n]:
             for s in order:
                 gradient = grad_fn(batch, s)
-                add(total, s, gradient)
-                add(moments, s, gradient.square())
                 scaled = gradient if scale is None else gradient * scale
                 square[s] += dot(scaled, scaled)
+                gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                total[s] = total[s] + gradient if s in total else gradient
         for s in order:
             means[s].append(total[s] / n)
             squares[s].append(square[s] / n)
 
     metric = None if scale is None else scale.square()
-    own_metric = {s: 1 / moments[s].div(len(batches)).sqrt().clamp(min=1e-12) for s in order}
     true = pairs(means[reference], means[reference], metric)
-    slope0 = pairs(means[reference], means[reference], own_metric[reference])
     result = {}
     for s in strategies:
-        mean2 = pairs(means[s], means[s], metric)
+        own = pairs(means[s], means[s], metric)
         inner = pairs(means[reference], means[s], metric)
-        slope = pairs(means[reference], means[s], own_metric[s])
         square = torch.tensor(squares[s], dtype=torch.float64)
-        result[s] = summary(mean2, inner, true, slope, slope0, square, len(batches))
+        result[s] = summary(own, inner, true, square, len(batches))
     return result
 
 
@@ -132,8 +110,11 @@ def pairs(a, b, metric):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def summary(mean2, inner, true, slope, slope0, square, num_batches):
-    """GradStats from the products of the groups, with jackknife errors."""
+def summary(own, inner, true, square, num_batches):
+    """GradStats from the products of the groups, with jackknife errors.
+
+    own: of tau with itself; inner: of tau0 with tau; true: of tau0 with itself.
+    """
     groups = len(square)
 
     def estimates(kept):
@@ -145,14 +126,12 @@ def summary(mean2, inner, true, slope, slope0, square, num_batches):
             return total.item() / (len(kept) * (len(kept) - 1))
 
         norm2 = across(true)
-        own = across(mean2)
-        with_true = across(inner)
-        bias2 = own - 2 * with_true + norm2
-        variance = square[kept].mean().item() - own
-        # a squared norm that is lost in noise gives no direction
-        cosine = with_true / math.sqrt(norm2 * own) if norm2 > 0 and own > 0 else 0.0
-        return (bias2, variance, bias2 + variance, norm2, own, with_true, cosine, across(slope),
-                across(slope0))
+        own2 = across(own)
+        bias2 = own2 - 2 * across(inner) + norm2
+        variance = square[kept].mean().item() - own2
+        lost = norm2 <= 0 or own2 <= 0
+        cosine = math.nan if lost else across(inner) / math.sqrt(norm2 * own2)
+        return bias2, variance, norm2, cosine
 
     everything = list(range(groups))
     values = estimates(everything)
@@ -161,7 +140,8 @@ def summary(mean2, inner, true, slope, slope0, square, num_batches):
     for value, replicates in zip(values, zip(*without)):
         center = sum(replicates) / groups
         spread = sum((x - center) ** 2 for x in replicates)
-        fields += [value, math.sqrt((groups - 1) / groups * spread)]
+        error = math.sqrt((groups - 1) / groups * spread)
+        fields += [math.nan if math.isnan(error) else value, error]
     return GradStats(*fields, num_batches)
 
 
@@ -173,17 +153,14 @@ def dot(a, b):
     return sum(torch.dot(x.double(), y.double()).item() for x, y in parts)
 
 
-def add(total, key, vector):
-    """total[key] += vector, in float32 or wider."""
-    vector = vector.to(torch.promote_types(vector.dtype, torch.float32))
-    total[key] = total[key] + vector if key in total else vector
-
-
 # ---------------------------------------------------------------- the gradient of a module
 
 def flat_gradient(loss, parameters):
-    """The gradient of a loss over a list of parameters, as one vector. No .grad is touched."""
-    gradients = torch.autograd.grad(loss, parameters)
+    """The gradient of a loss over a list of parameters, as one vector: 0 for those it does not use.
+
+    No .grad is touched.
+    """
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
@@ -217,7 +194,7 @@ def unchanged(module):
             buffer.copy_(value)
 
 
-if __name__ == '__main__':
+def self_check():
     generator = torch.Generator().manual_seed(0)
     truth = torch.ones(64) / 4                             # || E g ||^2 = 4
     bias = torch.ones(64) * (2 / 64) ** 0.5                # bias^2 = 2
@@ -236,3 +213,7 @@ if __name__ == '__main__':
     print(f'cosine    {s.cosine:6.3f} +- {s.cosine_sem:.3f}  (true 1)')
     assert abs(s.bias2 - 2) < 0.3 and abs(s.variance - 80) < 3 and abs(s.norm2 - 4) < 1
     print('gradstats.py: all claims hold')
+
+
+if __name__ == '__main__':
+    self_check()

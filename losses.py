@@ -18,6 +18,9 @@ asymmetric token dropout, symmetric patch scaling). drop_branch='both' drops tok
 branch too, and patch_branch='query' leaves the key branch at the base patch size (paper:
 "uncompressed keys").
 
+Any module with an `embed_dim` is an encoder. Uncompressed, it is called with images alone; under a
+strategy as encoder(images, patch_size, drop_rate, generator), see vit.py.
+
 Shapes: b batch per process, d embedding, o DINO outputs. Losses are float32 or wider under any
 autocast.
 
@@ -211,93 +214,94 @@ def ema_update(teacher, student, momentum):
         slow.lerp_(fast, 1 - momentum)
 
 
-def check_branches(drop_branch, patch_branch):
-    for branch in (drop_branch, patch_branch):
-        if branch not in ('query', 'both'):
-            raise ValueError(f"branch '{branch}' is not one of query, both")
+class Branches(nn.Module):
+    """Which branch is compressed: the query always, the key as drop_branch and patch_branch say."""
+
+    def __init__(self, encoder, drop_branch='query', patch_branch='both'):
+        super().__init__()
+        if not {drop_branch, patch_branch} <= {'query', 'both'}:
+            raise ValueError(f'branches {drop_branch} and {patch_branch} are not query or both')
+        self.student = encoder
+        self.drop_branch = drop_branch
+        self.patch_branch = patch_branch
+
+    @property
+    def encoder(self):
+        """The network to export."""
+        return self.student
+
+    def compression(self, branch, patch_size, drop_rate):
+        """(patch size, drop rate) of 'query' or 'key'; patch size None is the encoder's own."""
+        if branch == 'query':
+            return patch_size, drop_rate
+        key_patch = patch_size if self.patch_branch == 'both' else None
+        key_drop = drop_rate if self.drop_branch == 'both' else 0.0
+        return key_patch, key_drop
+
+    def encode(self, encoder, images, branch, patch_size, drop_rate, generator):
+        patch_size, drop_rate = self.compression(branch, patch_size, drop_rate)
+        if patch_size is None and not drop_rate:
+            return encoder(images)
+        if patch_size and self.patch_branch == 'query':
+            images = tiled(images, patch_size)
+        return encoder(images, patch_size, drop_rate, generator)
 
 
-def key_compression(method, patch_size, drop_rate):
-    """(patch size, drop rate) of the key branch; patch size None is the encoder's own."""
-    key_patch = patch_size if method.patch_branch == 'both' else None
-    key_drop = drop_rate if method.drop_branch == 'both' else 0.0
-    return key_patch, key_drop
-
-
-def query_and_key(method, patch_size, drop_rate):
-    """What `passes` of a method say of its query and of its key branch, as two dicts."""
-    key_patch, key_drop = key_compression(method, patch_size, drop_rate)
-    query = dict(branch='query', patch_size=patch_size, drop_rate=drop_rate)
-    key = dict(branch='key', patch_size=key_patch, drop_rate=key_drop)
-    return query, key
+def tiled(images, patch_size):
+    """Views rendered for the uncompressed key (224 px), at the side that patches tile (30: 210)."""
+    sides = [max(1, int(side / patch_size + 0.5)) * patch_size for side in images.shape[2:]]
+    if sides == list(images.shape[2:]):
+        return images
+    return F.interpolate(images, sides, mode='bilinear', antialias=True)
 
 
 # ---------------------------------------------------------------- methods: views in, loss out
 
-class MoCo(nn.Module):
+class MoCo(Branches):
     """MoCo-v3. By default view 1 is the query and view 2 the key (the paper's, as far as known).
 
     symmetric=True adds the other direction, a sum as in the official code.
     """
 
     def __init__(self, encoder, hidden=4096, out_dim=256, temperature=0.2, symmetric=False,
-                 drop_branch='query', patch_branch='both'):
-        super().__init__()
-        check_branches(drop_branch, patch_branch)
-        widths = (encoder.embed_dim, hidden, hidden, out_dim)
-        self.student = encoder
-        self.projector = mlp_head(widths, bias=False, last_norm=True)
+                 **branches):
+        super().__init__(encoder, **branches)
+        self.widths = (encoder.embed_dim, hidden, hidden, out_dim)
+        self.projector = mlp_head(self.widths, bias=False, last_norm=True)
         self.predictor = mlp_head((out_dim, hidden, out_dim), bias=False, last_norm=True)
         self.teacher = ema_copy(encoder)
         self.teacher_projector = ema_copy(self.projector)
         self.temperature = temperature
         self.symmetric = symmetric
-        self.drop_branch = drop_branch
-        self.patch_branch = patch_branch
-        self.key_widths = widths
-        self.query_widths = (*widths, hidden, out_dim)
 
-    @property
-    def encoder(self):
-        return self.student
-
-    def forward(self, views, patch_size=None, drop_rate=0.0, generator=None, key_views=None):
-        """key_views: the views as the key branch sees them, if at another side."""
-        x1, x2 = views
-        x1_key, x2_key = key_views or views
-        key_patch, key_drop = key_compression(self, patch_size, drop_rate)
+    def forward(self, views, patch_size=None, drop_rate=0.0, generator=None):
+        strategy = (patch_size, drop_rate, generator)
 
         def query(x):
-            features = self.student(x, patch_size, drop_rate, generator)
+            features = self.encode(self.student, x, 'query', *strategy)
             return self.predictor(self.projector(features)), features
 
         @torch.no_grad()
         def key(x):
-            return self.teacher_projector(self.teacher(x, key_patch, key_drop, generator))
+            return self.teacher_projector(self.encode(self.teacher, x, 'key', *strategy))
 
+        x1, x2 = views
         q1, features = query(x1)
-        k2 = key(x2_key)
+        k2 = key(x2)
         loss = info_nce(q1, k2, self.temperature)
         if self.symmetric:
             q2, _ = query(x2)
-            k1 = key(x1_key)
+            k1 = key(x1)
             loss = loss + info_nce(q2, k1, self.temperature)
         return loss, monitors(features, q1, k2)
 
-    def passes(self, patch_size=None, drop_rate=0.0):
-        """The encoder's passes over one sample, for compress.sample_cost."""
-        query, key = query_and_key(self, patch_size, drop_rate)
-        query.update(grad=True, head=self.query_widths)
-        key.update(grad=False, head=self.key_widths)
-        first = [dict(view=0, **query), dict(view=1, **key)]
-        second = [dict(view=1, **query), dict(view=0, **key)]
-        return first + second if self.symmetric else first
-
-    def set_progress(self, progress):
-        """Nothing of MoCo-v3's loss changes over training."""
-
-    def frozen(self):
-        return []
+    def passes(self):
+        """The encoder's passes over a sample: (branch, view, trains, widths of the head)."""
+        predictor = (self.widths[1], self.widths[-1])
+        query = ('query', 0, True, self.widths + predictor)
+        key = ('key', 1, False, self.widths)
+        swapped = [(branch, 1 - view, *rest) for branch, view, *rest in (query, key)]
+        return [query, key] + (swapped if self.symmetric else [])
 
     def update_teacher(self, momentum):
         ema_update(self.teacher, self.student, momentum)
@@ -309,47 +313,28 @@ class MoCo(nn.Module):
         return directions * 2 * self.temperature * math.log(batch_size)
 
 
-class SimCLR(nn.Module):
+class SimCLR(Branches):
     """SimCLR with SLIP's head for a ViT. Both views carry gradient; the first one is compressed.
 
     The head runs once per view, since the views can differ in tokens.
     """
 
-    def __init__(self, encoder, hidden=4096, out_dim=256, temperature=0.1, drop_branch='query',
-                 patch_branch='both'):
-        super().__init__()
-        check_branches(drop_branch, patch_branch)
+    def __init__(self, encoder, hidden=4096, out_dim=256, temperature=0.1, **branches):
+        super().__init__(encoder, **branches)
         self.widths = (encoder.embed_dim, hidden, hidden, out_dim)
-        self.student = encoder
         self.projector = mlp_head(self.widths, bias=True, last_norm=False)
         self.temperature = temperature
-        self.drop_branch = drop_branch
-        self.patch_branch = patch_branch
 
-    @property
-    def encoder(self):
-        return self.student
-
-    def forward(self, views, patch_size=None, drop_rate=0.0, generator=None, key_views=None):
-        """key_views: the views as the second branch sees them, if at another side."""
-        key_patch, key_drop = key_compression(self, patch_size, drop_rate)
-        features = self.student(views[0], patch_size, drop_rate, generator)
+    def forward(self, views, patch_size=None, drop_rate=0.0, generator=None):
+        strategy = (patch_size, drop_rate, generator)
+        features = self.encode(self.student, views[0], 'query', *strategy)
         z1 = self.projector(features)
-        second = key_views[1] if key_views else views[1]
-        z2 = self.projector(self.student(second, key_patch, key_drop, generator))
+        z2 = self.projector(self.encode(self.student, views[1], 'key', *strategy))
         return nt_xent(z1, z2, self.temperature), monitors(features, z1, z2)
 
-    def passes(self, patch_size=None, drop_rate=0.0):
-        """The encoder's passes over one sample, for compress.sample_cost."""
-        first, second = query_and_key(self, patch_size, drop_rate)
-        trained = dict(grad=True, head=self.widths)
-        return [dict(first, view=0, **trained), dict(second, view=1, **trained)]
-
-    def set_progress(self, progress):
-        """Nothing of SimCLR's loss changes over training."""
-
-    def frozen(self):
-        return []
+    def passes(self):
+        """The encoder's passes over a sample: (branch, view, trains, widths of the head)."""
+        return [('query', 0, True, self.widths), ('key', 1, True, self.widths)]
 
     def update_teacher(self, momentum):
         """SimCLR has no teacher: both branches are the trained encoder."""
@@ -358,7 +343,7 @@ class SimCLR(nn.Module):
         return math.log(2 * batch_size - 1)
 
 
-class DINO(nn.Module):
+class DINO(Branches):
     """DINO. Views: two global crops, then the local ones. It exports the teacher.
 
     The teacher sees the global crops, the student all. Dropout applies to every crop of the
@@ -367,12 +352,10 @@ class DINO(nn.Module):
     """
 
     def __init__(self, encoder, hidden=2048, bottleneck=256, out_dim=65536,  # noqa: PLR0913
-                 teacher_temp=(0.04, 0.07), student_temp=0.1, center_momentum=0.9,
-                 drop_branch='query', patch_branch='both', local_crops=0):
-        super().__init__()
-        check_branches(drop_branch, patch_branch)
+                 teacher_temp=(0.04, 0.07), student_temp=0.1, center_momentum=0.9, local_crops=0,
+                 **branches):
+        super().__init__(encoder, **branches)
         self.widths = (encoder.embed_dim, hidden, hidden, bottleneck, out_dim)
-        self.student = encoder
         self.student_head = DINOHead(encoder.embed_dim, hidden, bottleneck, out_dim)
         self.teacher = ema_copy(encoder)
         self.teacher_head = ema_copy(self.student_head)
@@ -382,8 +365,6 @@ class DINO(nn.Module):
         self.teacher_temps = teacher_temp
         self.student_temp = student_temp
         self.center_momentum = center_momentum
-        self.drop_branch = drop_branch
-        self.patch_branch = patch_branch
         self.local_crops = local_crops
         self.set_progress(0.0)
 
@@ -391,17 +372,17 @@ class DINO(nn.Module):
     def encoder(self):
         return self.teacher
 
-    def forward(self, views, patch_size=None, drop_rate=0.0, generator=None, key_views=None):
-        """key_views: the views as the teacher sees them, if at another side."""
-        key_patch, key_drop = key_compression(self, patch_size, drop_rate)
-        teacher_views = torch.cat((key_views or views)[:2])
+    def forward(self, views, patch_size=None, drop_rate=0.0, generator=None):
+        strategy = (patch_size, drop_rate, generator)
+        both = torch.cat(views[:2])
         with torch.no_grad():
-            teacher = self.teacher_head(self.teacher(teacher_views, key_patch, key_drop, generator))
+            teacher = self.teacher_head(self.encode(self.teacher, both, 'key', *strategy))
 
         # one pass of the encoder for each resolution: no layer mixes samples
-        features = [self.student(torch.cat(views[:2]), patch_size, drop_rate, generator)]
+        features = [self.encode(self.student, both, 'query', *strategy)]
         if views[2:]:
-            features.append(self.student(torch.cat(views[2:]), patch_size, drop_rate, generator))
+            local = torch.cat(views[2:])
+            features.append(self.encode(self.student, local, 'query', *strategy))
         student = self.student_head(torch.cat(features)).chunk(len(views))
         loss = dino_loss(student, teacher.chunk(2), self.center, self.teacher_temp,
                          self.student_temp)
@@ -416,13 +397,10 @@ class DINO(nn.Module):
                            centered.chunk(2)[0])
         return loss, dict(teacher_entropy=entropy, **metrics)
 
-    def passes(self, patch_size=None, drop_rate=0.0):
-        """The encoder's passes over one sample, for compress.sample_cost."""
-        student, teacher = query_and_key(self, patch_size, drop_rate)
-        student.update(grad=True, head=self.widths)
-        teacher.update(grad=False, head=self.widths)
-        passes = [dict(view=v, **student) for v in range(2 + self.local_crops)]
-        return passes + [dict(view=v, **teacher) for v in range(2)]
+    def passes(self):
+        """The encoder's passes over a sample: (branch, view, trains, widths of the head)."""
+        student = [('query', v, True, self.widths) for v in range(2 + self.local_crops)]
+        return student + [('key', v, False, self.widths) for v in range(2)]
 
     def set_progress(self, progress):
         """DINO's schedules, of 100 epochs: the teacher's temperature rises for the first 30, and
@@ -431,9 +409,14 @@ class DINO(nn.Module):
         self.teacher_temp = cold + (warm - cold) * min(1.0, progress / 0.3)
         self.last_layer_frozen = progress < 0.01
 
-    def frozen(self):
-        """Parameters that this step must neither move nor decay."""
-        return [self.student_head.last_layer.weight] if self.last_layer_frozen else []
+    @torch.no_grad()
+    def before_step(self, largest=3.0):
+        """Clips the gradient of each parameter by its own norm, and lets a frozen layer rest."""
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= (largest / (parameter.grad.norm() + 1e-6)).clamp(max=1)
+        if self.last_layer_frozen:
+            self.student_head.last_layer.weight.grad = None  # neither moved nor decayed
 
     def update_teacher(self, momentum):
         ema_update(self.teacher, self.student, momentum)
@@ -482,8 +465,7 @@ def self_check():
     print(f'DINO, uniform outputs: {loss:.6f} = ln 1000')
     assert abs(loss - math.log(1000)) < 1e-5
 
-    encoder = nn.Flatten()  # any module with an embed_dim is an encoder
-    encoder.forward = lambda x, patch_size, drop_rate, generator: x.flatten(1)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(48, 48))  # with an embed_dim, it is an encoder
     encoder.embed_dim = 48
     views = [torch.randn(32, 3, 4, 4) for _ in range(2)]
     for method in (MoCo(encoder, 64, 32), SimCLR(encoder, 64, 32), DINO(encoder, 64, 32, 128)):

@@ -12,16 +12,15 @@ of gradient errors (gradstats.py). The compute of one uncompressed batch pays fo
 of tau, whose average has a smaller variance and the same bias:
 
     CA-MSE(tau, p) = bias^2(tau, p) + c(tau) variance(tau, p)
-    schedule       = argmin over paths tau(p) of  sum_p CA-MSE(tau(p), p) / norm2(p),
+    schedule       = argmin over paths tau(p) of  sum_p width(p) CA-MSE(tau(p), p) / norm2(p),
                      c(tau(p)) never falling
 
-The sum over p and the cost that never falls are our choice. So are the ties: what the error bars
-cannot tell from the best counts as equal to it, and the cheaper one wins.
+Here c(tau) is the sample cost relative to the uncompressed one. p runs over the measured points,
+each of which stands for the progress nearest to it (width). The sum and the cost that never falls
+are our choice. So are the ties: what the error bars cannot tell from the best counts as equal to
+it, and the cheaper one wins.
 
-Here c(tau) is the sample cost relative to the uncompressed one. RULES holds a second rule, ours:
-best-length foretells the uncompressed loss better, 20-NN no better (experiments/predict.py).
-
-    python schedule.py runs/NAME/gradstats.jsonl       # the table, the path, what it predicts
+    python schedule.py runs/NAME/gradstats.jsonl       # the table and the path
 
     schedule = Schedule.parse('p8-drop0.50@0,p4@0.7')
     schedule.at(0.3)                                   # Compression(8, 0.5)
@@ -31,7 +30,6 @@ import argparse
 import json
 import math
 import sys
-from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +96,11 @@ class Schedule:
                   for start, _ in self.stages]
         return ','.join(f'{tau}@{start}' for start, (_, tau) in zip(starts, self.stages))
 
+    def spans(self):
+        """(start, end, strategy) of each stage."""
+        ends = [start for start, _ in self.stages[1:]] + [1.0]
+        return [(start, end, strategy) for (start, strategy), end in zip(self.stages, ends)]
+
     def at(self, progress):
         """The strategy at a progress in [0, 1]."""
         check_progress(progress)
@@ -116,177 +119,92 @@ def ca_mse(row):
     return value / row['norm2'], error / row['norm2']
 
 
-def best_length(row):
-    """CA-MSE of the gradient at its best length: min over s of |s E g - E g0|^2 + c s^2 variance.
-
-    A gradient that is only too short or too long costs nothing here, since Adam undoes its length.
-    One that points backwards, whose best s would be negative, counts as more than 1.
-    """
-    power = row['mean2'] + row['cost'] * row['variance']
-    value = 1 - row['inner'] * abs(row['inner']) / (row['norm2'] * power)
-    error = 2 * abs(row['inner']) * row['inner_sem'] / (row['norm2'] * power)
-    return value, error
-
-
-# What is to be least: (value, standard error) of a row of gradstats.jsonl.
-RULES = {'ca-mse': ca_mse, 'best-length': best_length}
-
-
-def check_table(rows):
-    """(points of progress, {strategy: cost}) of a table, or an error that says what is missing."""
+def table_of(rows):
+    """(points of progress, strategies from cheap to dear, {(progress, strategy): row})"""
     points = sorted({row['progress'] for row in rows})
     costs = {row['strategy']: row['cost'] for row in rows}
-    measured = {(row['progress'], row['strategy']) for row in rows}
-    if len(rows) != len(measured) or len(measured) != len(points) * len(costs):
+    table = {(row['progress'], row['strategy']): row for row in rows}
+    if len(rows) != len(table) or len(table) != len(points) * len(costs):
         raise ValueError(f'the table has {len(rows)} rows; it needs every strategy '
                          f'({", ".join(map(str, costs))}) once at every progress ({points})')
-    if not any(math.isclose(cost, 1) for cost in costs.values()):
-        raise ValueError('the uncompressed strategy is missing: the one with cost 1')
     for row in rows:
-        if not row['norm2'] > max(0, row.get('norm2_sem', 0)):
-            raise ValueError(f'norm2 is {row["norm2"]:.3g} +- {row.get("norm2_sem", 0):.3g} at '
-                             f'progress {row["progress"]}: the true gradient is lost in noise; '
-                             f'measure more batches (--probe-batches)')
-    return points, costs
+        if not row['norm2'] > row['norm2_sem']:
+            raise ValueError(f'norm2 is {row["norm2"]:.3g} +- {row["norm2_sem"]:.3g} at progress '
+                             f'{row["progress"]}: the true gradient is lost in noise; measure more '
+                             f'batches (--probe-batches)')
+    return points, sorted(costs, key=costs.get), table
 
 
-def errors_over_progress(rows, rule='ca-mse', points=101):
-    """(grid, {strategy: [(value of the rule, its standard error), ...]}) over progress.
+def solve(rows):
+    """The schedule of a table of gradient errors (lines of gradstats.jsonl).
 
-    Between measurements the logarithm of each is linear in progress; outside it is constant.
+    Every strategy is there at every progress. The optimum is global, by dynamic programming: the
+    best path that ends in a strategy extends one that ended in it or in a cheaper one.
     """
-    measured, costs = check_table(rows)
-    logs = {}
-    for row in rows:
-        values = [max(x, 1e-30) for x in RULES[rule](row)]
-        logs[row['progress'], row['strategy']] = [math.log(x) for x in values]
-
-    grid = [i / (points - 1) for i in range(points)]
-    errors = {strategy: [] for strategy in costs}
-    for p in grid:
-        right = min(bisect_right(measured, p), len(measured) - 1)
-        left = max(right - 1, 0)
-        gap = measured[right] - measured[left]
-        w = min(max((p - measured[left]) / gap, 0.0), 1.0) if gap else 0.0
-        for strategy in costs:
-            before = logs[measured[left], strategy]
-            after = logs[measured[right], strategy]
-            between = [(1 - w) * a + w * b for a, b in zip(before, after)]
-            errors[strategy].append(tuple(math.exp(x) for x in between))
-    return grid, errors
-
-
-def level_ties(errors):
-    """{strategy: [error, ...]}: what the error bars cannot tell from the best equals the best."""
-    values = {strategy: [] for strategy in errors}
-    for i in range(len(next(iter(errors.values())))):
-        best, best_error = min(column[i] for column in errors.values())
-        for strategy, column in errors.items():
-            value, error = column[i]
-            tied = value - best <= math.hypot(error, best_error)
-            values[strategy].append(best if tied else value)
-    return values
-
-
-def best_path(values, costs, monotone=True):
-    """One strategy per grid point with the least sum of values; ties go to the cheaper.
-
-    monotone: the cost never falls along the path. The optimum is global, by dynamic programming.
-    """
-    order = sorted(values, key=costs.get)             # min() keeps the first, the cheapest
-    length = len(values[order[0]])
-    if not monotone:
-        return [min(order, key=lambda s: values[s][i]) for i in range(length)]
-    best = {s: (values[s][0], [s]) for s in order}    # the best path that ends in s: (sum, path)
-    for i in range(1, length):
+    points, strategies, table = table_of(rows)
+    starts = [0.0] + [(a + b) / 2 for a, b in zip(points, points[1:])]
+    ends = starts[1:] + [1.0]
+    best = {s: (0.0, []) for s in strategies}          # the best path that ends in s: (sum, path)
+    for p, start, end in zip(points, starts, ends):
+        errors = {s: ca_mse(table[p, s]) for s in strategies}
+        least, least_sem = min(errors.values())
         extended = {}
-        for s in order:
-            reachable = [best[before] for before in order if costs[before] <= costs[s]]
-            total, path = min(reachable, key=lambda pair: pair[0])
-            extended[s] = (total + values[s][i], [*path, s])
+        for i, s in enumerate(strategies):
+            value, sem = errors[s]
+            if value - least <= math.hypot(sem, least_sem):
+                value = least                          # a tie
+            total, path = min((best[before] for before in strategies[:i + 1]), key=first)
+            extended[s] = (total + (end - start) * value, [*path, (start, s)])
         best = extended
-    return min((best[s] for s in order), key=lambda pair: pair[0])[1]
+    _, path = min(best.values(), key=first)            # min keeps the first of equals, the cheapest
+    stages = [stage for before, stage in zip([(None, None), *path], path) if before[1] != stage[1]]
+    return Schedule(tuple((start, s) for start, s in stages if start < 1))
 
 
-def solve(table, monotone=True, rule='ca-mse'):
-    """The schedule of a table of gradient errors.
-
-    table: rows (lines of gradstats.jsonl) with progress, strategy, cost and the statistics, every
-    strategy at every progress. CA-MSE reads bias2, variance, their errors and norm2. The stages
-    hold the values of row['strategy'], which in a file are names.
-    """
-    grid, errors = errors_over_progress(table, rule)
-    costs = {row['strategy']: row['cost'] for row in table}
-    path = best_path(level_ties(errors), costs, monotone)
-    stages = []
-    for p, strategy in zip(grid, path):
-        if p < 1 and (not stages or stages[-1][1] != strategy):
-            stages.append((p, strategy))
-    return Schedule(tuple(stages))
+def first(pair):
+    return pair[0]
 
 
 # ---------------------------------------------------------------- command line
 
 def load_table(path, metric=None):
     """Rows of a gradstats.jsonl, those of one metric if the file has several."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'no table at {path}; train.py --gradstats 0.05,0.25,0.5,0.75,1 '
-                                f'writes runs/NAME/gradstats.jsonl')
-    try:
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        metrics = [row['metric'] for row in rows]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{path} is not a gradstats.jsonl of train.py') from None
-    if any('slope' not in row for row in rows):
-        raise ValueError(f'{path} is of an earlier version, which counted other units and had no '
-                         f'cosine and slope; measure again')
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    metrics = list(dict.fromkeys(row['metric'] for row in rows))
     if metric and metric not in metrics:
-        found = ', '.join(sorted(set(metrics)))
-        raise ValueError(f'{path} has no rows in the {metric} metric, only {found}')
+        raise ValueError(f'{path} has no rows in the {metric} metric, only {", ".join(metrics)}')
     return [row for row in rows if row['metric'] == (metric or metrics[0])]
 
 
 def print_table(rows, schedule):
-    """In fractions of the true squared norm. gain: how much faster than without compression the
-    uncompressed loss falls for the same compute.
-    """
-    print(f'progress       strategy   cost        bias^2  cost x var         CA-MSE         '
-          f'cosine       gain   ({rows[0]["metric"]} metric)')
+    """In fractions of the true squared norm; <- marks the strategies of the schedule."""
+    print(f'progress       strategy   cost        bias^2  cost x var         CA-MSE'
+          f'         cosine   ({rows[0]["metric"]} metric)')
     for row in sorted(rows, key=lambda row: (row['progress'], -row['cost'])):
         bias2 = row['bias2'] / row['norm2']
         bias2_sem = row['bias2_sem'] / row['norm2']
         noise = row['cost'] * row['variance'] / row['norm2']
         error, error_sem = ca_mse(row)
-        gain = row['slope'] / row['slope0'] / row['cost']
         chosen = '  <-' if schedule.at(row['progress']) == row['strategy'] else ''
         print(f'{row["progress"]:8.2f} {row["strategy"]:>14} {row["cost"]:6.3f} '
               f'{bias2:6.2f} +-{bias2_sem:5.2f} {noise:9.2f} {error:8.2f} +-{error_sem:5.2f} '
-              f'{row["cosine"]:6.2f} +-{row["cosine_sem"]:5.2f} {gain:8.2f}{chosen}')
+              f'{row["cosine"]:6.2f} +-{row["cosine_sem"]:5.2f}{chosen}')
 
 
 def main():
-    parser = argparse.ArgumentParser(description='gradient errors -> compression schedule',
-                                     allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('stats', help='gradstats.jsonl of a run')
+    parser = argparse.ArgumentParser(description='gradient errors -> compression schedule')
+    parser.add_argument('stats', help='gradstats.jsonl of a run of train.py --gradstats')
     parser.add_argument('--metric', choices=('euclidean', 'adam'), help='if the table has several')
-    parser.add_argument('--rule', choices=RULES, default='ca-mse',
-                        help="ca-mse is the paper's, as we read it")
-    parser.add_argument('--pointwise', action='store_true',
-                        help='the best at each progress; the cost may fall again')
     args = parser.parse_args()
-
-    rows = load_table(args.stats, args.metric)
-    schedule = solve(rows, not args.pointwise, args.rule)
+    try:
+        rows = load_table(args.stats, args.metric)
+        schedule = solve(rows)
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f'schedule.py: error: {args.stats}: {error}')
     print_table(rows, schedule)
     costs = {row['strategy']: row['cost'] for row in rows}
-    base = min(costs, key=lambda s: abs(costs[s] - 1))
-    grid, errors = errors_over_progress(rows, args.rule)
-    samples = sum(1 / costs[schedule.at(p)] for p in grid) / len(grid)
-    chosen = sum(errors[schedule.at(p)][i][0] for i, p in enumerate(grid)) / len(grid)
-    alone = sum(value for value, _ in errors[base]) / len(grid)
-    print(f'{samples:.2f} times as many samples as uncompressed; mean {args.rule} {chosen:.3f}, '
-          f'uncompressed {alone:.3f}')
+    samples = sum((end - start) / costs[s] for start, end, s in schedule.spans())
+    print(f'{samples:.2f} times as many samples as uncompressed')
     print(f'--schedule {schedule}')
 
 
@@ -297,8 +215,8 @@ def self_check():
         assert polynomial(p) > cosine(p)
     # bias grows against the shrinking gradient: compress while variance dominates, then stop
     rows = [dict(progress=p, strategy=s, cost=cost, bias2=bias2 * (1 + 9 * p), bias2_sem=0.01,
-                 variance=2, variance_sem=0.01, norm2=1)
-            for p in (0, 0.5, 1)
+                 variance=2, variance_sem=0.01, norm2=1, norm2_sem=0.01)
+            for p in (0, 0.3, 1)
             for s, cost, bias2 in (('p16', 1, 0), ('p24', 0.4, 0.3), ('p48', 0.1, 0.9))]
     schedule = solve(rows)
     print(f'a made-up table gives {schedule}')
@@ -311,7 +229,4 @@ if __name__ == '__main__':
     if len(sys.argv) == 1:
         self_check()
     else:
-        try:
-            main()
-        except (ValueError, OSError) as error:
-            sys.exit(f'schedule.py: error: {error}')
+        main()

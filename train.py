@@ -3,31 +3,37 @@
     python train.py                                   # rendered images, minutes
     python train.py --schedule none                   # as much, uncompressed
     python train.py --dataset folder --data-root DIR  # your own images
-    python train.py --arch vit_base --img-size 224 --patch-size 16 \\
-        --num-images 1281167 --budget 1537 --dry-run  # what would this cost?
 
 The clock of a run is its budget in units, the paper's: one unit is one forward
 pass of the uncompressed encoder on one image. A sample under strategy tau
-spends c(tau) units (compress.sample_cost). An uncompressed sample of MoCo-v3
-spends about 4: query forward 1 and backward 2, key forward 1, and the heads.
-The run ends when the budget is spent, and every schedule (learning rate,
-momentum, weight decay, teacher temperature, compression) runs on progress =
-spent / budget.
+spends c(tau) units. An uncompressed sample of MoCo-v3 spends about 4: query
+forward 1 and backward 2, key forward 1, and the heads. The run ends when the
+budget is spent, and every schedule (learning rate, momentum, weight decay,
+teacher temperature, compression) runs on progress = spent / budget.
 
-SIGTERM, SIGINT and SIGUSR1 finish the step, save, and end the run with the exit
-status 143, 130 and 0; a second signal ends it at once.
+A run leaves in runs/NAME/: args.json, log.jsonl (a line for ten steps, or for a
+score), checkpoint.pt (all that --resume needs), backbone.pt (the encoder in
+timm's names) and, if asked for, gradstats.jsonl. A killed run goes on from its
+last checkpoint and computes the same bits: every random draw has a key such as
+(seed, rank, step). SIGTERM, SIGINT, SIGHUP and SIGUSR1 finish the step and
+save; a second signal ends the run at once.
 """
+import argparse
+import contextlib
 import dataclasses
-import functools
+import itertools
 import json
 import math
-import re
+import os
 import shlex
+import signal
 import sys
+import threading
 import time
-from argparse import ArgumentTypeError
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -35,22 +41,14 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import losses
-import pictures
-from commandline import (Parser, count, count_or_zero, fail, fraction, not_negative, note, number,
-                         pick_device, pick_precision, positive, rate, size)
-from compress import Compression, rendered_side, sample_cost, tokens_of
-from data import DATASETS, batch_keys, load, shrink_note, steps_per_epoch
-from eval import knn_accuracy
+from compress import Compression, num_keep, pass_flops, patches_per_side
+from eval import Setting, can_score, neighbours, standard_error
 from gradstats import adam_scale, flat_gradient, gradient_stats, unchanged
-from losses import mean_over_ranks
-from runs import (Progress, State, StopSignal, agree, append, collapse_warning, exit_status,
-                  join_processes, load_checkpoint, marks, new_folder, open_log, process_numbers,
-                  reason, restore, snapshot, waiting_warning)
+from images.data import DATASETS, STOPS, batch_keys, load
+from images.views import keyed_generator, make_view, normalize, recipe
+from losses import DINO, MoCo, SimCLR, mean_over_ranks
 from schedule import Schedule, cosine, polynomial, ramp, warmup
-from views import keyed_generator, make_views, normalize, recipe
-from vit import SIZES, Block, ViT
-from weights import load_backbone, save
+from vit import SIZES, Block, ViT, load_backbone, read
 
 # What the three methods do differently: their papers' constants, but for sizes, batch, learning
 # rate and much of DINO, which are ours for small images and short runs. DINO needs no large batch,
@@ -58,255 +56,172 @@ from weights import load_backbone, save
 # own temperature 0.1 and center momentum 0.9 may collapse here (see dino_loss), and of its local
 # crops little is left: one has 16 patches at 32 px, and 2 tokens under p8-drop0.50.
 METHODS = dict(
-    moco=dict(out_dim=256, temperature=0.2, momentum=0.99, batch_size=128, lr=2e-3,
-              weight_decay=0.1),
-    simclr=dict(out_dim=256, temperature=0.1, momentum=0.0, batch_size=128, lr=4e-3,
-                weight_decay=0.1),
-    dino=dict(out_dim=1024, temperature=0.4, momentum=0.98, batch_size=32, lr=2e-3,
-              weight_decay=0.04),
+    moco=dict(out_dim=256, temperature=0.2, momentum=0.99, batch_size=128, lr=2e-3),
+    simclr=dict(out_dim=256, temperature=0.1, momentum=0.0, batch_size=128, lr=4e-3),
+    dino=dict(out_dim=1024, temperature=0.4, momentum=0.98, batch_size=32, lr=2e-3),
 )
-DINO_WEIGHT_DECAY_END = 0.4                          # DINO main_dino.py; the others keep theirs
-DINO_CLIP = 3.0                                      # the largest norm of a parameter's gradient
+WEIGHT_DECAY = dict(moco=(0.1, 0.1), simclr=(0.1, 0.1), dino=(0.04, 0.4))    # at start and end
 ARCHS = dict(
     toy=dict(embed_dim=64, depth=4, num_heads=2),    # ours: minutes on a laptop
     **SIZES,
 )
-UNUSED = dict(moco=['--local-crops', '--local-size', '--center-momentum'],
-              simclr=['--local-crops', '--local-size', '--symmetric', '--momentum',
-                      '--center-momentum'],
-              dino=['--symmetric'])
-SAVE_EVERY = 0.05                                    # of the budget, beside --save-minutes
+LOG_EVERY = 10                                       # steps
+SAVE_EVERY = 0.05                                    # of the budget,
+SAVE_MINUTES = 10                                    # and at least so often
 GROUPS = 4                                           # of probe batches, for the error bars
+LINES = ('log.jsonl', 'gradstats.jsonl')             # files that a run adds lines to
 
 
 # ---------------------------------------------------------------- flags
 
-def progress_points(text):
-    """'0,0.25,1' -> [0.0, 0.25, 1.0]"""
-    return sorted({fraction(part) for part in text.split(',')})
-
-
-def strategies(text):
-    """'p8,p8-drop0.50' -> names of strategies, each once."""
-    try:
-        return list(dict.fromkeys(str(Compression.parse(part)) for part in text.split(',')))
-    except ValueError as error:
-        raise ArgumentTypeError(error) from None
-
-
-def schedule_text(text):
-    if text in ('none', 'default'):
-        return text
-    if text.endswith('.json'):
-        raise ArgumentTypeError(f'{text!r} is a file of an earlier version, which counted other '
-                                f'units; a schedule is its text now, such as p8@0,p4@0.7')
-    try:
-        return str(Schedule.parse(text))
-    except ValueError as error:
-        raise ArgumentTypeError(error) from None
-
-
-def groups_of_four(text):
-    batches = count(text)
-    if batches % GROUPS:
-        raise ArgumentTypeError(f'{batches} must be a multiple of {GROUPS}: as many groups of '
-                                f'batches give the error bars')
-    return batches
-
-
-def interval(text):
-    every = fraction(text)
-    if 0 < every < 0.001:
-        raise ArgumentTypeError(f'{text} must be 0 or at least 0.001 of the budget')
-    return every
+def positive(kind):
+    def number(text):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f'{text} is not above 0')
+        return value
+    return number
 
 
 def encoder_size(text):
     """'vit_base', or width, depth and heads: '768,12,12' -> sizes of the encoder"""
     if text in ARCHS:
         return ARCHS[text]
-    parts = text.split(',')
-    if len(parts) != 3:
-        raise ArgumentTypeError(f'{text!r} is none of {", ".join(ARCHS)}, '
-                                f'and not WIDTH,DEPTH,HEADS')
-    return dict(zip(('embed_dim', 'depth', 'num_heads'), map(size, parts)))
+    embed_dim, depth, num_heads = map(int, text.split(','))
+    return dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads)
 
 
-def folder_name(text):
-    if not re.fullmatch(r'[\w][\w.,@+-]*', text):
-        raise ArgumentTypeError(f'{text!r} is no name for a folder; use letters, digits and . - _')
+def names(text):
+    """'none', 'default', or names of strategies that can be parsed; they stay text."""
+    try:
+        if text not in ('none', 'default'):
+            Schedule.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
     return text
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
 def build_parser():
-    parser = Parser(__doc__)
-    group = parser.add_argument_group('data')
-    group.add_argument('--dataset', default='shapes', choices=DATASETS,
-                       help='shapes is rendered, folder is any tree of images')
-    group.add_argument('--data-root', default='data', help='folder of the data set')
-    group.add_argument('--download', action='store_true', help='fetch the data set if absent')
-    group.add_argument('--img-size', type=size, default=32,
-                       help='side of the views in pixels (paper: 224)')
-    group.add_argument('--local-crops', type=number(int, 0, 100), default=0,
-                       help='DINO: number of local views (official: 8)')
-    group.add_argument('--local-size', type=size,
-                       help="DINO: side of the local views (default: 96/224 of --img-size)")
-    group.add_argument('--crop-scale', type=number(float, 0.001, 1),
-                       help="smallest area of a crop, but for DINO's local ones (default: the "
-                            "recipe's)")
-    group.add_argument('--jitter', type=number(float, 0, 2), default=1,
-                       help="factor on the strength of the recipe's color jitter")
-    group.add_argument('--workers', type=count_or_zero, default=2,
-                       help='loader processes for images in files, of each training process')
-    group.add_argument('--from-disk', action='store_true',
-                       help='do not hold a folder of small images in memory')
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=Help)
+    add = parser.add_argument_group('data').add_argument
+    add('--dataset', default='shapes', choices=DATASETS,
+        help="shapes is rendered, folder is any tree of images, torchvision's are fetched")
+    add('--data-root', default='data', help='folder of the data set')
+    add('--img-size', type=positive(int), default=32, help='side of the views, px (paper: 224)')
+    add('--local-crops', type=int, default=0, help='of DINO (official: 8)')
+    add('--crop-scale', type=positive(float), help='smallest area of a global crop')
+    add('--jitter', type=float, default=1, help='factor on the strength of the color jitter')
+    add('--workers', type=int, default=2, help='loader processes, for images in files')
 
-    group = parser.add_argument_group('encoder')
-    group.add_argument('--arch', type=encoder_size, default='toy',
-                       help=f'{", ".join(ARCHS)} (paper), or WIDTH,DEPTH,HEADS (MoCo-v3 has '
-                            f'384,12,12 for ViT-S)')
-    group.add_argument('--patch-size', type=size, default=4,
-                       help='patch side in pixels, uncompressed (paper: 16)')
-    group.add_argument('--freeze-patch-embed', action='store_true',
-                       help="MoCo-v3's stop-grad-conv1")
-    group.add_argument('--init', metavar='WEIGHTS',
-                       help='start from these weights (a backbone.pt, timm, MoCo-v3, DINO)')
+    add = parser.add_argument_group('encoder').add_argument
+    add('--arch', type=encoder_size, default='toy',
+        help=f'{", ".join(ARCHS)}, or WIDTH,DEPTH,HEADS (ViT-S of MoCo-v3: 384,12,12)')
+    add('--patch-size', type=positive(int), default=4, help='px, uncompressed (paper: 16)')
+    add('--freeze-patch-embed', action='store_true', help="MoCo-v3's stop-grad-conv1")
+    add('--init', metavar='WEIGHTS', help='start from a backbone.pt, timm, MoCo-v3, DINO, MAE')
 
-    group = parser.add_argument_group('objective')
-    group.add_argument('--method', default='moco', choices=METHODS,
-                       help='the defaults shown are those of the method given')
-    group.add_argument('--hidden', type=size, default=512,
-                       help='hidden width of the heads (MoCo-v3: 4096, DINO: 2048)')
-    group.add_argument('--out-dim', type=number(int, 1, 10 ** 7),
-                       help='outputs of the heads (DINO: 65536)')
-    group.add_argument('--temperature', type=positive,
-                       help='of the loss; DINO: of the student (official: 0.1)')
-    group.add_argument('--symmetric', action='store_true',
-                       help='MoCo-v3: each view is the query once (doubles the cost)')
-    group.add_argument('--momentum', type=rate,
-                       help='of the EMA teacher at the start; 1 at the end (DINO: 0.996)')
-    group.add_argument('--center-momentum', type=rate, default=0.5,
-                       help="DINO: of the center of the teacher's outputs (official: 0.9)")
+    add = parser.add_argument_group('objective').add_argument
+    add('--method', default='moco', choices=METHODS, help='the defaults shown are those of it')
+    add('--hidden', type=positive(int), default=512, help='width of heads (MoCo-v3: 4096)')
+    add('--out-dim', type=positive(int), help='outputs of the heads (DINO: 65536)')
+    add('--temperature', type=positive(float), help='of the loss (DINO, of the student: 0.1)')
+    add('--symmetric', action='store_true', help='MoCo-v3: both directions, twice the cost')
+    add('--momentum', type=float, help='of the teacher at the start, 1 at the end')
+    add('--center-momentum', type=float, default=0.5, help='of DINO (official: 0.9)')
 
-    group = parser.add_argument_group('compression')
-    group.add_argument('--schedule', type=schedule_text, default='default',
-                       help='none, a strategy (p8-drop0.50), stages (p8@0,p4@0.7), or default: '
-                            'twice the patch size, half of the tokens')
-    group.add_argument('--drop-branch', default='query', choices=('query', 'both'),
-                       help='who drops tokens: query, student or first view alone, or both')
-    group.add_argument('--patch-branch', default='both', choices=('query', 'both'),
-                       help='who sees larger patches; query: the key stays uncompressed')
-    group.add_argument('--budget', type=positive, default=0.16,
-                       help='millions of units (paper: 25 to 200, ImageNet-1k 300 to 6150)')
+    add = parser.add_argument_group('compression').add_argument
+    add('--schedule', type=names, default='default',
+        help='none, a strategy (p8-drop0.50), stages (p8@0,p4@0.7), or default: twice the patch '
+             'size, half of the tokens')
+    add('--views', default='small', choices=('small', 'full'),
+        help='full: larger patches are rendered with all their pixels, as in the paper')
+    add('--drop-branch', default='query', choices=('query', 'both'), help='who drops tokens')
+    add('--patch-branch', default='both', choices=('query', 'both'),
+        help='who sees larger patches; query: the key stays uncompressed')
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument('--budget', type=positive(float), default=0.16,
+                        help='millions of units (paper: 25 to 200, ImageNet-1k 300 to 6150)')
+    length.add_argument('--epochs', type=positive(float), help='instead: of the images')
 
-    group = parser.add_argument_group('gradient errors')
-    group.add_argument('--gradstats', type=progress_points, default=[], metavar='P,P,...',
-                       help='measure them at these points of progress, beside the budget: '
-                            '0.05,0.25,0.5,0.75,1')
-    group.add_argument('--grid', type=strategies, metavar='TAU,TAU,...',
-                       help='strategies to measure (default: 1, 2 and 4 times the patch size, '
-                            'drop rates 0 and 0.5)')
-    group.add_argument('--probe-batches', type=groups_of_four, default=24,
-                       help='batches for each strategy and point, a multiple of 4')
-    group.add_argument('--metric', default='adam', choices=('euclidean', 'adam'),
-                       help='of the error; adam divides by the root of its second moment')
+    add = parser.add_argument_group('gradient errors').add_argument
+    add('--gradstats', type=lambda text: sorted(map(float, text.split(','))), default=[],
+        metavar='P,P,...', help='measure them at these points of progress, beside the budget')
+    add('--grid', metavar='TAU,TAU,...',
+        help='strategies (default: 1, 2, 4 times the patch size, drop rates 0 and 0.5)')
+    add('--probe-batches', type=positive(int), default=24, help='a multiple of 4')
+    add('--metric', default='adam', choices=('euclidean', 'adam'),
+        help='of the error; adam divides by the root of its second moment')
 
-    group = parser.add_argument_group('optimization')
-    group.add_argument('--batch-size', type=number(int, 2, 10 ** 6),
-                       help='images per step, over all processes (MoCo-v3: 4096)')
-    group.add_argument('--lr', type=positive,
-                       help='peak learning rate per 256 images (MoCo-v3: 1.5e-4, DINO: 5e-4)')
-    group.add_argument('--lr-schedule', default='cosine', choices=('cosine', 'polynomial'),
-                       help='polynomial is 1 - p^2')
-    group.add_argument('--warmup', type=rate, default=0.1,
-                       help='progress over which the learning rate rises')
-    group.add_argument('--weight-decay', type=not_negative,
-                       help='DINO: at the start, 0.4 at the end')
+    add = parser.add_argument_group('optimization').add_argument
+    add('--batch-size', type=positive(int), help='over all processes (MoCo-v3: 4096)')
+    add('--lr', type=positive(float), help='peak, per 256 images (MoCo-v3: 1.5e-4, DINO: 5e-4)')
+    add('--lr-schedule', default='cosine', choices=('cosine', 'polynomial'), help='or 1 - p^2')
+    add('--warmup', type=float, default=0.1, help='progress over which the rate rises')
 
-    group = parser.add_argument_group('run')
-    group.add_argument('--name', type=folder_name, help='folder below runs/')
-    group.add_argument('--seed', type=count_or_zero, default=0,
-                       help='of weights, data order, views and token draws')
-    group.add_argument('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'))
-    group.add_argument('--precision', default='auto', choices=('auto', 'float32'),
-                       help='auto: bfloat16 on a GPU that has it')
-    group.add_argument('--compile', action='store_true', help='torch.compile the blocks')
-    group.add_argument('--log-every', type=count, default=10, help='steps')
-    group.add_argument('--eval-every', type=interval, default=0.25,
-                       help='progress between nearest-neighbour scores; 0: none')
-    group.add_argument('--save-minutes', type=number(float, 0.1, 1e6), default=10,
-                       help='a checkpoint at least this often')
-    group.add_argument('--max-steps', type=count, help='save and stop at this step')
-    group.add_argument('--resume', metavar='RUN',
-                       help='folder of a run to go on with; auto: that of --name, if it exists')
-    group.add_argument('--dry-run', action='store_true',
-                       help='say what the run would do, and do nothing')
-    group.add_argument('--num-images', type=count,
-                       help='of a --dry-run without its data set (ImageNet-1k: 1281167)')
+    add = parser.add_argument_group('run').add_argument
+    add('--name', help='folder below runs/')
+    add('--seed', type=int, default=0, help='of weights, data order, views and token draws')
+    add('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'), help='of training')
+    add('--compile', action='store_true', help='torch.compile the blocks')
+    add('--eval-every', type=float, default=0.25, help='progress between scores; 0: none')
+    add('--resume', metavar='RUN', help='folder of a run; auto: that of --name, if it exists')
     return parser
 
 
-def parse_args(argv):
+def parse_args(argv=None):
     """(flags, checkpoint to go on from or None).
 
     The defaults follow --method. Those of a resumed run are the flags that it had.
     """
-    early = Parser(None, add_help=False)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ('--method', '--resume', '--name'):
         early.add_argument(flag)
     known = early.parse_known_args(argv)[0]
-    checkpoint = None
-    saved = {}
-    if known.resume == 'auto':
+    resume = known.resume
+    if resume == 'auto':
         if not known.name:
             raise ValueError('--resume auto goes on with the run of --name; give a --name')
-        known.resume = Path('runs') / known.name
-        if not (known.resume / 'checkpoint.pt').exists():
-            known.resume = None
-    if known.resume is not None:
-        checkpoint = load_checkpoint(Path(known.resume))
-        saved = checkpoint['args']
-        if saved.get('init'):                        # the file may be gone; the backbone is not
-            saved['init'] = str(Path(known.resume) / 'backbone.pt')
-
+        resume = Path('runs') / known.name
+        resume = resume if (resume / 'checkpoint.pt').exists() else None
+    checkpoint = None
+    if resume:
+        checkpoint = read(Path(resume) / 'checkpoint.pt')
     parser = build_parser()
-    parser.set_defaults(**METHODS.get(known.method or saved.get('method'), METHODS['moco']))
-    parser.set_defaults(**saved)
+    parser.set_defaults(**METHODS.get(known.method, METHODS['moco']))
+    parser.set_defaults(**checkpoint['args'] if checkpoint else {})
     args = parser.parse_args(argv)
+    args.resume = resume and str(resume)
+    if args.probe_batches % GROUPS:
+        raise ValueError(f'--probe-batches {args.probe_batches} must be a multiple of {GROUPS}')
     if args.metric == 'adam' and 0 in args.gradstats:
         raise ValueError('Adam has no second moment at progress 0; start --gradstats later, or '
                          'take --metric euclidean')
-    if args.num_images and not args.dry_run:
-        raise ValueError('--num-images stands for the data set of a --dry-run; leave it out')
-    if known.name and known.resume is not None and Path(known.resume).name != known.name:
-        raise ValueError(f'--resume {known.resume} goes on in its own folder; leave out --name')
-    if args.name and checkpoint is None and not args.dry_run:
-        folder = new_folder(args)
-        if (folder / 'checkpoint.pt').exists():
-            raise FileExistsError(f'{folder} exists; choose another --name, or --resume {folder}')
-    given = {word.partition('=')[0] for word in argv}
-    unused = [flag for flag in UNUSED[args.method] if flag in given]
-    if unused:
-        note(f'{args.method} does not use {", ".join(unused)}')
-    args.resume = str(known.resume) if known.resume is not None else None
+    if not all(0 <= p <= 1 for p in args.gradstats) or not 0 <= args.warmup < 1:
+        raise ValueError(f'--gradstats {args.gradstats} and --warmup {args.warmup} are progress, '
+                         f'from 0 to 1')
+    if args.name and not checkpoint and (Path('runs') / args.name / 'checkpoint.pt').exists():
+        raise ValueError(f'runs/{args.name} exists; choose another --name, or add --resume auto')
     return args, checkpoint
 
 
-# ---------------------------------------------------------------- set-up
+# ---------------------------------------------------------------- what is built from flags
 
 def build_encoder(args, in_chans):
     """The encoder of the flags, or the one in --init, which must have the sizes of the flags."""
     config = dict(img_size=args.img_size, patch_size=args.patch_size, in_chans=in_chans,
                   freeze_patch_embed=args.freeze_patch_embed, **args.arch)
-    if not args.init:
+    if not args.init or args.resume:                 # a checkpoint has the weights itself
         return ViT(**config)
-    with torch.device('cpu'):                        # in a dry run too, where 'meta' is the default
-        encoder, _ = load_backbone(args.init, args.arch['num_heads'])
-    for flag in ('img_size', 'patch_size', 'in_chans', 'embed_dim', 'depth'):
-        found = encoder.config[flag]
-        if found != config[flag]:
-            raise ValueError(f'--init {args.init} has {flag} {found}, this run {config[flag]}; '
-                             f'set the flags of the encoder to the sizes of the weights')
+    encoder, _ = load_backbone(args.init, args.arch['num_heads'])
+    wrong = [f'{name} {encoder.config[name]}, not {config[name]}' for name in config
+             if name != 'freeze_patch_embed' and encoder.config[name] != config[name]]
+    if wrong:
+        raise ValueError(f'--init {args.init} has {", ".join(wrong)}; set the flags of the encoder '
+                         f'to the sizes of the weights')
     encoder.config['freeze_patch_embed'] = args.freeze_patch_embed
     encoder.patch_embed.requires_grad_(not args.freeze_patch_embed)
     return encoder
@@ -316,42 +231,21 @@ def build_method(args, encoder):
     common = dict(hidden=args.hidden, out_dim=args.out_dim, drop_branch=args.drop_branch,
                   patch_branch=args.patch_branch)
     if args.method == 'moco':
-        return losses.MoCo(encoder, temperature=args.temperature, symmetric=args.symmetric,
-                           **common)
+        return MoCo(encoder, temperature=args.temperature, symmetric=args.symmetric, **common)
     if args.method == 'simclr':
-        return losses.SimCLR(encoder, temperature=args.temperature, **common)
-    return losses.DINO(encoder, student_temp=args.temperature, local_crops=args.local_crops,
-                       center_momentum=args.center_momentum, **common)
+        return SimCLR(encoder, temperature=args.temperature, **common)
+    return DINO(encoder, student_temp=args.temperature, local_crops=args.local_crops,
+                center_momentum=args.center_momentum, **common)
 
 
-def build_views(args):
-    """The recipe of the method, at the nominal sides."""
-    views = recipe(args.method, args.img_size, args.local_crops, args.local_size)
-    views = [dataclasses.replace(view, jitter=tuple(args.jitter * s for s in view.jitter))
-             for view in views]
+def build_recipe(args):
+    """The Augmentations of the method, at the nominal sides."""
+    kinds = recipe(args.method, args.img_size, args.local_crops)
+    kinds = [dataclasses.replace(kind, jitter=tuple(args.jitter * s for s in kind.jitter))
+             for kind in kinds]
     if args.crop_scale:
-        views[:2] = [dataclasses.replace(view, scale=(args.crop_scale, 1.0)) for view in views[:2]]
-    return views
-
-
-def build_schedule(args):
-    """The compression over progress; by default half of the tokens of twice the patch size."""
-    p = args.patch_size
-    if args.schedule == 'none':
-        return Schedule(((0.0, Compression(p)),))
-    if args.schedule == 'default':
-        larger = min(2 * p, args.img_size)
-        return Schedule(((0.0, Compression(larger, 0.5)),))
-    return Schedule.parse(args.schedule)
-
-
-def build_grid(args):
-    """The strategies whose gradient is measured, the uncompressed one first."""
-    base = Compression(args.patch_size)
-    if args.grid:
-        return list(dict.fromkeys([base, *map(Compression.parse, args.grid)]))
-    sizes = [times * args.patch_size for times in (1, 2, 4)]
-    return [Compression(p, rate) for p in sizes if p <= args.img_size for rate in (0.0, 0.5)]
+        kinds[:2] = [dataclasses.replace(kind, scale=(args.crop_scale, 1.0)) for kind in kinds[:2]]
+    return kinds
 
 
 def build_optimizer(method, args, device):
@@ -365,505 +259,572 @@ def build_optimizer(method, args, device):
     return torch.optim.AdamW(groups, fused=device.type in ('cuda', 'cpu'))
 
 
-@dataclass
-class Plan:
-    """What a run is going to do, and with what."""
-    method: nn.Module
-    views: list                                      # the recipe, at nominal sides
-    schedule: Schedule
-    grid: list                                       # strategies whose gradient is measured
-    cost: dict                                       # strategy -> units per training sample
-    base: Compression                                # no compression
-    budget: float                                    # units
-    num_images: int
+def build_schedule(args):
+    """The compression over progress; by default half of the tokens of twice the patch size."""
+    p = args.patch_size
+    larger = min(2 * p, args.img_size)
+    short = dict(none=f'p{p}', default=f'p{larger}-drop0.50')
+    return Schedule.parse(short.get(args.schedule, args.schedule))
 
 
-def make_plan(args, in_chans, num_images):
-    method = build_method(args, build_encoder(args, in_chans))
-    views = build_views(args)
-    base = Compression(args.patch_size)
-    schedule = build_schedule(args)
-    grid = build_grid(args)
-    measured = grid if args.gradstats else []
-    used = list(dict.fromkeys([base, *measured, *(tau for _, tau in schedule.stages)]))
-    for tau in used:
-        if tau.patch_size > args.img_size:
-            raise ValueError(f'patch size {tau.patch_size} is larger than the image, '
-                             f'--img-size {args.img_size}')
-    sides = [view.side for view in views]
-    cost = strategy_costs(method, used, sides, method.encoder.config)
-    budget = args.budget * 1e6
-    steps_per_epoch(num_images, args.batch_size)     # refuses a batch larger than the data set
-    first = schedule.at(0.0)
-    if budget < cost[first] * args.batch_size:
-        raise ValueError(f'a budget of {budget:,.0f} units does not pay for one batch of '
-                         f'{args.batch_size} under {first}, {cost[first] * args.batch_size:,.0f} '
-                         f'units; raise --budget or lower --batch-size')
-    return Plan(method, views, schedule, grid, cost, base, budget, num_images)
+def build_grid(args):
+    """The strategies whose gradient is measured, the uncompressed one first."""
+    sizes = [times * args.patch_size for times in (1, 2, 4)]
+    grid = [Compression(p, rate) for p in sizes if p <= args.img_size for rate in (0.0, 0.5)]
+    if args.grid:
+        grid = map(Compression.parse, args.grid.split(','))
+    return list(dict.fromkeys([Compression(args.patch_size), *grid]))
 
 
-def key_strategy(plan, tau):
-    """What the key branch sees while the query is under strategy tau."""
-    patch_size, drop_rate = losses.key_compression(plan.method, tau.patch_size, tau.drop_rate)
-    return Compression(patch_size or plan.base.patch_size, drop_rate)
+def renders_small(args, strategy):
+    """Whether views are rendered at the pixels that the encoder reads of the larger patches."""
+    larger = strategy.patch_size > args.patch_size
+    return larger and args.views == 'small' and args.patch_branch == 'both'
 
 
-def announce(args, plan):
-    """Lines that say what the run is going to do: sizes, tokens, costs, samples and steps."""
-    method = plan.method
+def augmentations(args, kinds, strategy):
+    """The recipe at the resolution of a strategy; for an uncompressed key, at that of the key."""
+    p = args.patch_size if args.patch_branch == 'query' else strategy.patch_size
+    patches = (p, args.patch_size) if renders_small(args, strategy) else (1, 1)
+    return [kind.at(patches_per_side(kind.side, p) * p, patches) for kind in kinds]
+
+
+def sample_cost(args, method, kinds, strategy):
+    """c(tau): what a training sample costs in forward passes of the uncompressed encoder."""
     config = method.encoder.config
-    parameters = sum(p.numel() for p in method.encoder.parameters())
-    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    still = sum(p.numel() for p in method.parameters()) - trained
-    yield (f'encoder   {parameters:,} parameters: width {config["embed_dim"]}, depth '
-           f'{config["depth"]}, {config["num_heads"]} heads, patch size {args.patch_size}')
-    yield (f'memory    {(16 * trained + 4 * still) / 2 ** 30:.2f} GiB of weights, gradients and '
-           f'optimizer; activations come on top')
-    # with the class token, as the paper counts
-    yield 'strategy        query tokens  key tokens  view, px   units/sample'
-    for tau in sorted(plan.cost, key=plan.cost.get, reverse=True):
-        key = key_strategy(plan, tau)
-        key_tokens = tokens_of(args.img_size, key.patch_size, key.drop_rate)
-        warning = '  more than uncompressed!' if plan.cost[tau] > plan.cost[plan.base] else ''
-        yield (f'  {str(tau):14} {1 + tokens_of(args.img_size, tau.patch_size, tau.drop_rate):11} '
-               f'{1 + key_tokens:11} {rendered_side(args.img_size, tau.patch_size):9} '
-               f'{plan.cost[tau]:14.3f}{warning}')
-    epochs = plan.budget / plan.cost[plan.base] / plan.num_images
-    yield f'budget    {plan.budget:,.0f} units: {epochs:.2f} uncompressed epochs'
-    samples = 0
-    ends = [start for start, _ in plan.schedule.stages[1:]] + [1.0]
-    for (start, tau), end in zip(plan.schedule.stages, ends):
-        part = (end - start) * plan.budget / plan.cost[tau]
-        samples += part
-        yield (f'schedule  {100 * start:3.0f} to {100 * end:3.0f} %: {str(tau):12} '
-               f'{part:14,.0f} samples, {part / args.batch_size:10,.0f} steps')
-    yield (f'          {samples:,.0f} samples, {samples / plan.num_images:.2f} epochs, '
-           f'{samples * plan.cost[plan.base] / plan.budget:.2f} times as many as uncompressed')
-    yield (f'optimizer AdamW, peak learning rate {args.lr * args.batch_size / 256:.2e} = '
-           f'{args.lr:g} x {args.batch_size} / 256, {args.lr_schedule}')
-    chance = method.chance_loss(args.batch_size)
-    yield f'loss      {chance:.3f} is chance: all features equal, or uniform outputs'
+    base = args.patch_size
+
+    def flops(side, patch_size, drop_rate=0.0, head=(), trains=False):
+        tokens = num_keep(patches_per_side(side, patch_size) ** 2, drop_rate)
+        pixels = base if renders_small(args, strategy) else patch_size
+        return pass_flops(tokens, config['in_chans'] * pixels ** 2, config['embed_dim'],
+                          config['depth'], config['mlp_ratio'], head, trains,
+                          config['freeze_patch_embed'])
+
+    total = 0.0
+    for branch, view, trains, head in method.passes():
+        p, drop_rate = method.compression(branch, strategy.patch_size, strategy.drop_rate)
+        total += flops(kinds[view].side, p or base, drop_rate, head, trains)
+    return total / flops(args.img_size, base)
 
 
-def strategy_costs(method, strategies, sides, config):
-    """{strategy: units per training sample}"""
-    return {tau: sample_cost(method.passes(tau.patch_size, tau.drop_rate), sides, config)
-            for tau in strategies}
-
-
-def clip_each(parameters, largest):
-    """DINO clips the gradient of each parameter by its own norm, not all by the global one."""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            norm = parameter.grad.norm()
-            parameter.grad *= (largest / (norm + 1e-6)).clamp(max=1)
-
-
-# ---------------------------------------------------------------- training
-
-def render_views(plan, images, tau, seed_key, device):
-    """(views, key views or None, generator of the token draws) of a batch under strategy tau.
-
-    Each view has its own generator, so the same seed key gives the same crop and colours at any
-    side. Key views are the views at the side of the key branch, if that is another. A view that no
-    pass of a branch reads is None.
-    """
-    def render(patch_size, seen):
-        views = [None] * len(plan.views)
-        for i in seen:
-            view = plan.views[i].at(rendered_side(plan.views[i].side, patch_size))
-            # a folder's images were cropped by a loader worker, once for each view
-            crops = images if torch.is_tensor(images) else images[i:i + 1]
-            generator = keyed_generator(*seed_key, i, device=device)
-            views[i] = make_views(crops, [view], generator)[0]
-        return views
-
-    passes = plan.method.passes(tau.patch_size, tau.drop_rate)
-    query_ids = {one['view'] for one in passes if one['branch'] == 'query'}
-    key_ids = {one['view'] for one in passes if one['branch'] == 'key'}
-    generator = keyed_generator(*seed_key, 'tokens', device=device)
-    if plan.method.patch_branch == 'both':
-        return render(tau.patch_size, query_ids | key_ids), None, generator
-    views = render(tau.patch_size, query_ids)
-    return views, render(plan.base.patch_size, key_ids), generator
-
-
-def load_once(args, rank, world):
-    """The data set; with --download one process fetches it and the others wait."""
-    if world > 1 and args.download and rank:
-        dist.barrier()
-    say = tqdm.write if rank == 0 else lambda line: None
-    data = load(args.dataset, args.data_root, args.download, not args.from_disk, say)
-    if world > 1 and args.download and not rank:
-        dist.barrier()
-    return data
-
-
-def dry_run(args):
-    """Print what a run would do. Nothing is trained, and no weight takes memory."""
-    if process_numbers()[0]:
-        return                                       # under torchrun one process says it
-    in_chans = 3
-    num_images = args.num_images
-    if num_images is None:
-        data = load(args.dataset, args.data_root, args.download)
-        in_chans = data.channels
-        num_images = len(data)
-    with torch.device('meta'):
-        plan = make_plan(args, in_chans, num_images)
-    print(f'dry run   {args.method} on {num_images:,} images at {args.img_size} px')
-    for line in announce(args, plan):
-        print(line)
-
-
-# ---------------------------------------------------------------- a run and its parts
+# ---------------------------------------------------------------- the life of a run
 
 @dataclass
-class Run:
-    """What a step needs, made once by set_up."""
-    args: object
-    plan: Plan
-    data: object
-    method: nn.Module
-    model: nn.Module                                 # the method, or its DistributedDataParallel
-    optimizer: torch.optim.Optimizer
-    parameters: list                                 # those that train
-    device: torch.device
-    half: bool                                       # bfloat16 autocast
-    rank: int
-    world: int
-    state: State
-    identity: dict                                   # what a resumed run must have in common
-    folder: Path = None                              # of the main process alone, as the log
-    log_file: object = None                          # open for its lock
-
-    @property
-    def progress(self):
-        """The clock of every schedule: spent budget / budget."""
-        return min(1.0, self.state.units / self.plan.budget)
-
-    def due(self, marks):
-        """The marks that progress has passed since the last step."""
-        return [mark for mark in marks if self.state.seen < mark <= self.progress]
-
-    def say(self, text):
-        if self.rank == 0:
-            tqdm.write(text)
-
-    def write(self, line):
-        if self.rank == 0:
-            append(self.folder / 'log.jsonl', [line])
+class State:
+    """How far a run has come. With weights and optimizer it is all that --resume needs."""
+    step: int = 0
+    units: float = 0.0                               # spent of the budget
+    seen: float = -1.0                               # progress whose events have been dealt with
+    seconds: float = 0.0                             # of steps,
+    waiting: float = 0.0                             # of these, for data
+    events: float = 0.0                              # seconds of scores, gradient errors, saving
+    random_score: float = 0.0                        # of the network before training, percent
+    warned: bool = False                             # of a collapse
 
 
-def loss_of(run, model, images, tau, *key):
-    """(loss, metrics) of fresh views of these images under strategy tau.
-
-    The key, such as the step, fixes crops, colours and tokens: a resumed run draws the same, and so
-    does every strategy that a probe compares.
-    """
-    seed_key = (run.args.seed, run.rank, *key)
-    views, key_views, generator = render_views(run.plan, images, tau, seed_key, run.device)
-
-    def normalized(view):
-        return None if view is None else normalize(view, run.data.mean, run.data.std)
-
-    views = [normalized(view) for view in views]
-    key_views = key_views and [normalized(view) for view in key_views]
-    with torch.autocast('cuda', torch.bfloat16, enabled=run.half):
-        return model(views, tau.patch_size, tau.drop_rate, generator, key_views)
-
-
-def measure_gradients(run, point):
-    """Add the gradient errors here and now to gradstats.jsonl, as those of this point of progress.
-
-    The batches are random ones of their own, and nothing of the run changes.
-    """
-    args = run.args
-    cost = run.plan.cost
-    step = run.state.step
-    keys = random_batches(run, args.probe_batches)
-    images = run.data.batches(keys, run.plan.views, args.seed, run.device, args.workers)
-    scale = adam_scale(run.optimizer, run.parameters) if args.metric == 'adam' else None
-
-    @functools.lru_cache(maxsize=1)                  # one batch at a time, for all strategies
-    def images_of(i):
-        return next(images)
-
-    def grad_fn(i, tau):
-        loss, _ = loss_of(run, run.method, images_of(i), tau, 'probe', step, i)
-        return mean_over_ranks(flat_gradient(loss, run.parameters))
-
-    with unchanged(run.method):
-        stats = gradient_stats(grad_fn, run.plan.grid, run.plan.base, range(args.probe_batches),
-                               GROUPS, scale)
-    rows = []
-    for tau, stat in stats.items():
-        if not math.isfinite(stat.mse):
-            give_up(run, 'a gradient is not finite')
-        # the cost is relative to the uncompressed strategy: how many batches one batch pays for
-        rows.append(dict(progress=point, strategy=str(tau), cost=cost[tau] / cost[run.plan.base],
-                         **dataclasses.asdict(stat), metric=args.metric, method=args.method,
-                         batch_size=args.batch_size, step=step, units=run.state.units))
-    if run.rank == 0:
-        append(run.folder / 'gradstats.jsonl', rows)
-
-
-def random_batches(run, batches):
-    """Random images for a gradient probe: lists of (epoch, index), a share for each process."""
-    share = run.args.batch_size // run.world
-    step = run.state.step
-    keys = []
-    for i in range(batches):
-        generator = keyed_generator(run.args.seed, 'probe order', step, i)
-        order = torch.randperm(len(run.data), generator=generator)
-        mine = order[run.rank * share:(run.rank + 1) * share]
-        keys.append([(f'probe {step}', index) for index in mine.tolist()])
-    return keys
-
-
-def score(run):
-    """Nearest neighbours among uncompressed features. The others wait for the main process."""
-    state = run.state
-    args = run.args
-    scores, bank, queries = knn_accuracy(run.method.encoder, run.data, args.img_size, run.device,
-                                         bank_limit=10_000, query_limit=5_000,
-                                         workers=args.workers, progress=True)
-    run.write(dict(step=state.step, progress=run.progress, units=state.units,
-                   seconds=state.seconds, nn=scores[1], knn=scores[20], bank=bank, queries=queries))
-    when = f'{100 * run.progress:.0f} % of the budget' if state.step else 'random network'
-    run.say(f'{when}: {scores[20]:.2f} % 20-NN, {scores[1]:.2f} % NN, uncompressed, {bank} bank '
-            f'and {queries} test images')
-    pictures.curves_of_run(run.folder)
-
-
-def save_run(run):
-    if not all(torch.isfinite(parameter).all() for parameter in run.method.parameters()):
-        give_up(run, 'a weight is not finite')
-    if run.rank == 0:
-        encoder = run.method.encoder
-        # the backbone first: a run whose last checkpoint is there has its backbone too
-        save(dict(model=encoder.state_dict(), config=encoder.config, mean=run.data.mean,
-                  std=run.data.std, dataset=run.args.dataset), run.folder / 'backbone.pt')
-        save(snapshot(run), run.folder / 'checkpoint.pt')
-
-
-def give_up(run, what):
-    if run.rank == 0:
-        save(snapshot(run), run.folder / 'crash.pt')
-    raise FloatingPointError(
-        f'{what} at step {run.state.step}, progress {run.progress:.3f}. crash.pt holds this state '
-        f'to look at; checkpoint.pt is the last that was finite. Start again with a lower --lr '
-        f'(now {run.args.lr:g}), a longer --warmup or --freeze-patch-embed')
-
-
-def log(run, loss, metrics, tau, curves):
-    """A line of log.jsonl, and warnings in plain words."""
-    state = run.state
-    args = run.args
-    run.write(dict(step=state.step, progress=run.progress, units=state.units,
-                   samples=state.samples, loss=loss, **curves, query=str(tau),
-                   key=str(key_strategy(run.plan, tau)),
-                   tokens=1 + tokens_of(args.img_size, tau.patch_size, tau.drop_rate),
-                   seconds=state.seconds, seconds_data=state.seconds_data, **metrics))
-    if state.step >= 50:
-        relative_cost = run.plan.cost[tau] / run.plan.cost[run.plan.base]
-        warnings = dict(collapse=collapse_warning(metrics, args.out_dim),
-                        waiting=waiting_warning(state, relative_cost))
-        for kind, warning in warnings.items():
-            if warning and kind not in state.warned:   # each kind once
-                state.warned.append(kind)
-                run.say(f'warning: step {state.step}: {warning}')
-
-
-def scorable(data):
-    """Nearest neighbours need labels, and a bank that holds the 20 of them."""
-    bank = data.labelled_ids('train')
-    return len(data.classes) > 1 and len(bank) >= 20 and len(data.labelled_ids('test')) > 0
-
-
-def set_up(args, checkpoint):
-    """Processes, device, data, networks and optimizer, in this order; and what is to happen."""
-    rank, world = process_numbers()
-    device = pick_device(args.device)
-    if args.batch_size % world or args.batch_size // world < 2:
-        raise ValueError(f'batch size {args.batch_size} cannot be shared by {world} process(es) as '
-                         f'at least 2 images each; use a multiple of {world} from {2 * world} on')
-    folder = log_file = None
+def join_processes(device):
+    """(rank, number of processes) that torchrun gives; (0, 1) without it."""
+    world = int(os.environ.get('WORLD_SIZE', 1))
     if world > 1:
-        join_processes(device)
+        # DistributedDataParallel imports this module. If it did so after the group exists, the
+        # threads of gloo could outlive the group and abort the process at exit
+        import torch._dynamo  # noqa: F401
+        # the others wait while the first one scores, for which NCCL's 10 minutes are short
+        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    return int(os.environ.get('RANK', 0)), world
 
-    data = load_once(args, rank, world)
+
+def pick_device(name):
+    """The device of a flag. Under torchrun each process takes the GPU of its own number."""
+    if name == 'auto':
+        name = 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = 'cuda' if torch.cuda.is_available() else name
+    if name != 'cuda':
+        return torch.device(name)
+    device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def say(text):
+    """A line for the person who watches; `| head` may have closed the pipe, and the run goes on."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that receives the number of a signal to stop. A second one does what Python does.
+
+    Not under torchrun, which passes on what a terminal or scheduler has sent to all processes.
+    """
+    received = []
+    before = {}
+
+    def receive(number, frame):
+        received.append(number)
+        if 'TORCHELASTIC_RUN_ID' not in os.environ:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        before.update({number: signal.signal(number, receive)
+                       for number in (getattr(signal, name) for name in STOPS)})
+    yield received
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def save(value, path):
+    """torch.save under a temporary name, then renamed: a crash leaves the old file whole."""
+    torch.save(value, f'{path}.partial')
+    os.replace(f'{path}.partial', path)
+
+
+def append(path, *lines):
+    with open(path, 'a') as file:
+        file.writelines(json.dumps(line) + '\n' for line in lines)
+
+
+def collapse(metrics, outputs):
+    """Plain words when the features say nothing about the images any more, or None."""
+    if metrics['feature_spread'] < 0.01:
+        return ('all images have nearly the same feature (spread below 0.01): collapsed. '
+                'Lower --lr, lengthen --warmup, or --freeze-patch-embed')
+    entropy = metrics.get('teacher_entropy')             # of DINO alone
+    if entropy is None:
+        return None
+    if entropy > 0.999 * math.log(outputs):
+        return ("the teacher's outputs are uniform: collapsed. Raise --temperature (of the "
+                "student), or lower --lr")
+    if entropy < 0.01:
+        return 'the teacher gives every image one and the same output: collapsed. Lower --lr'
+    if abs(metrics['positive_similarity'] - metrics['negative_similarity']) < 1e-3:
+        return ('the outputs of all images move together: collapsed. Lower --center-momentum, or '
+                'raise --momentum (of the teacher)')
+    return None
+
+
+# ---------------------------------------------------------------- set-up
+
+def set_up(args, checkpoint=None):  # noqa: C901 (in one place, in the order of causes)
+    """All that a run needs, as one plain object, made in causal order."""
+    run = SimpleNamespace(args=args, began=time.perf_counter())
+    if checkpoint:                                   # the number of threads decides the bits
+        torch.set_num_threads(checkpoint['threads'])
+    run.device = pick_device(args.device)
+    run.rank, run.world = join_processes(run.device)
+    if args.batch_size % run.world or args.batch_size // run.world < 2:
+        raise ValueError(f'batch size {args.batch_size} is not a multiple of {run.world} processes '
+                         f'with at least 2 images each')
+    if run.rank:
+        dist.barrier()                               # the first process may fetch the data
+    run.data = load(args.dataset, args.data_root, say if run.rank == 0 else lambda text: None)
+    if run.world > 1 and run.rank == 0:
+        dist.barrier()
+
+    batch_keys(len(run.data), args.batch_size, args.seed)  # refuses a batch larger than the data
+
+    # the network, and what a training sample costs under each strategy
     torch.manual_seed(args.seed)
-    plan = make_plan(args, data.channels, len(data))
-    if rank == 0:                                    # nothing is made before the flags are checked
-        folder = Path(args.resume) if checkpoint else new_folder(args)
-        log_file = open_log(folder, checkpoint is None)
-    method = plan.method.to(device)
+    run.method = build_method(args, build_encoder(args, run.data.channels))
+    run.kinds = build_recipe(args)
+    run.schedule = build_schedule(args)
+    run.base = Compression(args.patch_size)
+    run.grid = build_grid(args) if args.gradstats else []
+    used = dict.fromkeys([run.base, *run.grid, *(tau for _, tau in run.schedule.stages)])
+    largest = max(tau.patch_size for tau in used)
+    if largest > args.img_size:
+        raise ValueError(f'patch size {largest} is larger than --img-size {args.img_size}')
+    run.cost = {tau: sample_cost(args, run.method, run.kinds, tau) for tau in used}
+    run.budget = 1e6 * args.budget
+    if args.epochs:
+        run.budget = args.epochs * len(run.data) / samples_per_unit(run.schedule, run.cost)
+    if run.budget < run.cost[run.schedule.at(0)] * args.batch_size:
+        raise ValueError(f'{run.budget:,.0f} units do not pay for a batch of {args.batch_size}; '
+                         f'raise --budget or lower --batch-size')
+
+    # onto the device, and across processes
+    method = run.method.to(run.device)
     if args.compile:
         torch._dynamo.config.recompile_limit = 64    # one graph per sequence length and branch
         for module in method.modules():
             if isinstance(module, Block):
                 module.compile(dynamic=False)
-    model = method
-    if world > 1:
-        if device.type == 'cuda':                    # gloo cannot: there each process has its own
+    run.model = method
+    if run.world > 1:
+        if run.device.type == 'cuda':                # gloo cannot: there each process has its own
             nn.SyncBatchNorm.convert_sync_batchnorm(method)
-        devices = [device.index] if device.type == 'cuda' else None
-        model = DistributedDataParallel(method, device_ids=devices)
-    optimizer = build_optimizer(method, args, device)
-    half = pick_precision(args.precision, device) == torch.bfloat16
-    parameters = [p for p in method.parameters() if p.requires_grad]
-    images = f'{len(data):,} ({data.fingerprint})'
-    identity = dict(world=world, images=images, **method.encoder.config)
-    run = Run(args, plan, data, method, model, optimizer, parameters, device, half, rank, world,
-              State(), identity, folder, log_file)
+        run.model = DistributedDataParallel(method)
+    run.optimizer = build_optimizer(method, args, run.device)
+    run.parameters = [p for p in method.parameters() if p.requires_grad]
+    run.half = run.device.type == 'cuda' and torch.cuda.is_bf16_supported(
+        including_emulation=False)
+
+    run.identity = dict(processes=run.world, images=f'{len(run.data):,} ({run.data.fingerprint})',
+                        **method.encoder.config)
+    run.state = State()
     if checkpoint:
         restore(run, checkpoint)
-
-    run.say(f'run       {folder}   {device}, {world} process(es), '
-            f'{"bfloat16" if half else "float32"}, seed {args.seed}, torch {torch.__version__}')
-    run.say(f'data      {args.dataset}: {len(data):,} images, {data.channels} channel(s), '
-            f'{len(data.classes)} classes; {len(plan.views)} views each')
-    for line in announce(args, plan):
-        run.say(line)
-    if not scorable(data):
-        run.say('score     none: it needs labels, and at least 20 labelled training images')
-    shrunk = shrink_note(data, args.img_size)
-    if shrunk:
-        run.say(shrunk)
-    if rank == 0:
-        save(json.dumps(vars(args), indent=1), folder / 'args.json')
+    step = torch.tensor(float(run.state.step), device=run.device)
+    if mean_over_ranks(step).item() != run.state.step:
+        raise ValueError(f'process {run.rank} is at step {run.state.step}, another is not: to go '
+                         f'on, the folder of the run must be on a disk that all processes share')
+    run.folder = Path(args.resume) if checkpoint else new_folder(args)
+    launch = 'python' if run.world == 1 else f'torchrun --nproc_per_node {run.world}'
+    run.go_on = f'{launch} train.py --resume {shlex.quote(str(run.folder))}'
+    if run.rank == 0:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / 'args.json').write_text(json.dumps(vars(args), indent=1))
+        for name in LINES:                           # forget what is going to be written again
+            length = checkpoint['lengths'][name] if checkpoint else 0
+            with open(run.folder / name, 'a') as file:
+                file.truncate(length)
     return run
+
+
+def restore(run, checkpoint):
+    for name, now in run.identity.items():
+        then = checkpoint['identity'][name]
+        if then != now:
+            raise ValueError(f'the run had {name} {then}, now it is {now}: resume with the '
+                             f'original data, processes and encoder')
+    run.method.load_state_dict(checkpoint['method'])
+    run.optimizer.load_state_dict(checkpoint['optimizer'])
+    run.state = State(**checkpoint['state'])
+
+
+def new_folder(args):
+    if args.name:
+        return Path('runs') / args.name              # a run that never saved starts again in it
+    folders = (Path('runs') / f'{args.method}-{args.dataset}-{i}' for i in itertools.count())
+    return next(folder for folder in folders if not folder.exists())
+
+
+def samples_per_unit(schedule, cost):
+    return sum((end - start) / cost[tau] for start, end, tau in schedule.spans())
+
+
+def announce(run):
+    """What the run is going to do: sizes, tokens, costs, samples and steps."""
+    args = run.args
+    say(f'run       {run.folder}   {run.device}, {run.world} process{"es" * (run.world > 1)}, '
+        f'{torch.get_num_threads()} thread{"s" * (torch.get_num_threads() > 1)}, '
+        f'{"bfloat16" if run.half else "float32"}, seed {args.seed}, torch {torch.__version__}')
+    if run.state.step:
+        say(f'          goes on at step {run.state.step:,}, {percent(run)} of the budget')
+        return
+    parameters = sum(p.numel() for p in run.method.encoder.parameters())
+    say(f'encoder   {parameters:,} parameters, patch size {args.patch_size}; peak learning rate '
+        f'{args.lr * args.batch_size / 256:.2e} = {args.lr:g} x {args.batch_size} / 256')
+    epochs = run.budget / run.cost[run.base] / len(run.data)
+    say(f'budget    {run.budget:,.0f} units: {epochs:.2f} uncompressed epochs')
+    for start, end, tau in run.schedule.spans():
+        samples = (end - start) * run.budget / run.cost[tau]
+        say(f'schedule  {100 * start:3.0f} to {100 * end:3.0f} %: {str(tau):12} '
+            f'{tokens_of(args, tau)} tokens, {run.cost[tau]:.3f} units a sample, '
+            f'{samples / args.batch_size:,.0f} steps')
+    epochs = run.budget * samples_per_unit(run.schedule, run.cost) / len(run.data)
+    often = ', each seen very often: prefer more images, or --init' if epochs > 200 else ''
+    say(f'          {epochs:.2f} epochs of {len(run.data):,} images{often}')
+    chance = run.method.chance_loss(args.batch_size)
+    say(f'loss      {chance:.3f} is chance: all features equal, or uniform outputs')
+    if not can_score(run.data):
+        say('score     none: it needs two classes and 20 labelled training images')
+
+
+def percent(run):
+    return f'{min(100, 100 * run.state.units / run.budget):.0f} %'
+
+
+def tokens_of(args, strategy):
+    """Tokens of the query, with the class token, as the paper counts."""
+    n = patches_per_side(args.img_size, strategy.patch_size) ** 2
+    return 1 + num_keep(n, strategy.drop_rate)
+
+
+# ---------------------------------------------------------------- the parts of a step
+
+def set_curves(run, progress):
+    """What runs on progress besides the compression. Returns learning rate and momentum."""
+    args = run.args
+    decay = dict(cosine=cosine, polynomial=polynomial)[args.lr_schedule]
+    after_warmup = max(0, progress - args.warmup) / (1 - args.warmup)
+    lr = args.lr * args.batch_size / 256 * warmup(progress, args.warmup) * decay(after_warmup)
+    weight_decay = ramp(*WEIGHT_DECAY[args.method], progress)
+    for group in run.optimizer.param_groups:
+        group['lr'] = lr
+        group['weight_decay'] = weight_decay if group['decays'] else 0.0
+    if args.method == 'dino':
+        run.method.set_progress(progress)            # teacher's temperature, last layer
+    return lr, ramp(args.momentum, 1.0, progress)
+
+
+def upcoming(run):
+    """(keys of the images, Augmentations) of each step from here on: loader workers run ahead."""
+    units = run.state.units
+    keys = batch_keys(len(run.data), run.args.batch_size, run.args.seed, run.state.step, run.rank,
+                      run.world)
+    for batch in keys:
+        strategy = run.schedule.at(min(1.0, units / run.budget))
+        yield batch, augmentations(run.args, run.kinds, strategy)
+        units += run.cost[strategy] * run.args.batch_size
+
+
+def views_of(run, images, strategy, *key):
+    """Normalized views of a batch; the key, such as the step, fixes crops and colours."""
+    views = []
+    for i, kind in enumerate(augmentations(run.args, run.kinds, strategy)):
+        cropped = not torch.is_tensor(images)        # by a loader worker, once for each view
+        pixels = images[i] if cropped else images
+        generator = keyed_generator(run.args.seed, run.rank, *key, i)
+        view = make_view(pixels.to(run.device, non_blocking=True), kind, generator, cropped)
+        views.append(normalize(view, run.data.mean, run.data.std))
+    return views
+
+
+def loss_of(run, model, views, strategy, *key):
+    """(loss, metrics) of views under a strategy; the key fixes the tokens that are dropped."""
+    patch_size = strategy.patch_size
+    if patch_size == run.args.patch_size or renders_small(run.args, strategy):
+        patch_size = None                            # the views have the pixels that are read
+    generator = keyed_generator(run.args.seed, run.rank, *key, 'tokens', device=run.device)
+    with torch.autocast('cuda', torch.bfloat16, enabled=run.half):
+        return model(views, patch_size, strategy.drop_rate, generator)
+
+
+# ---------------------------------------------------------------- now and then
+
+def log(run, loss, metrics, strategy, lr, momentum):
+    """A line of log.jsonl. Here, and not in each step, a GPU is waited for."""
+    state = run.state
+    loss = mean_over_ranks(loss.detach()).item()
+    if not math.isfinite(loss):
+        raise FloatingPointError(f'the loss is {loss} at step {state.step}; checkpoint.pt is of an '
+                                 f'earlier step. Start again with a lower --lr (now '
+                                 f'{run.args.lr:g}), a longer --warmup or --freeze-patch-embed')
+    if run.rank:
+        return
+    metrics = {name: float(value) for name, value in metrics.items()}
+    append(run.folder / 'log.jsonl', dict(
+        step=state.step, progress=min(1.0, state.units / run.budget), units=state.units, loss=loss,
+        lr=lr, momentum=momentum, strategy=str(strategy), tokens=tokens_of(run.args, strategy),
+        seconds=state.seconds, waiting=state.waiting, **metrics))
+    warning = state.step >= 50 and not state.warned and collapse(metrics, run.args.out_dim)
+    if warning:
+        state.warned = True
+        say(f'warning: step {state.step}: {warning}')
+    speed = state.units / max(state.seconds, 1e-9)
+    left = tqdm.format_interval(max(0, (run.budget - state.units) / speed))
+    text = f'loss {loss:.3f}  {strategy}  {speed:,.0f} units/s  {left} left'
+    run.bar.set_postfix_str(text, refresh=False)
+    run.bar.update(min(100, 100 * state.units / run.budget) - run.bar.n)
+    if run.bar.disable and time.perf_counter() - run.said > 60:      # in a file, a line a minute
+        run.said = time.perf_counter()
+        say(f'{percent(run):>5}  {text}')
+
+
+def score(run):
+    """Nearest neighbours among uncompressed features. The others wait for the main process."""
+    args, data, state = run.args, run.data, run.state
+    setting = Setting(args.img_size, args.patch_size, data.mean, data.std, run.device, args.workers)
+    scores, bank, queries = neighbours(run.method.encoder, data, setting, 10_000, 5_000)
+    append(run.folder / 'log.jsonl', dict(
+        step=state.step, progress=min(1.0, state.units / run.budget), units=state.units,
+        seconds=state.seconds, nn=scores[1], knn=scores[20], bank=bank, queries=queries))
+    when = f'{percent(run)} of the budget' if state.step else 'random network'
+    say(f'{when}: {scores[20]:.2f} % 20-NN, {scores[1]:.2f} % NN, uncompressed, {bank} bank and '
+        f'{queries} test images, +- {standard_error(scores[20], queries):.1f}')
+    if not state.step:
+        state.random_score = scores[20]
+    elif state.units >= run.budget and scores[20] <= state.random_score:
+        say(f'no better than the random network, {state.random_score:.2f} %: train longer, on more '
+            f'images, or start from weights with --init')
+
+
+def measure(run, point):
+    """Gradient errors here and now, as those of this point of progress; nothing changes."""
+    args, state = run.args, run.state
+    share = args.batch_size // run.world
+
+    def probes():
+        """Random images of their own, each batch under every strategy before the next."""
+        for i in range(args.probe_batches):
+            generator = keyed_generator(args.seed, 'probe order', state.step, i)
+            order = torch.randperm(len(run.data), generator=generator)
+            mine = order[run.rank * share:(run.rank + 1) * share].tolist()
+            for tau in run.grid:
+                yield ([(index, f'probe {state.step}') for index in mine],
+                       augmentations(args, run.kinds, tau))
+
+    batches = run.data.batches(probes(), args.seed, args.workers)
+
+    def grad_fn(i, tau):
+        images, _ = next(batches)
+        key = ('probe', state.step, i)
+        views = views_of(run, images, tau, *key)
+        loss, _ = loss_of(run, run.method, views, tau, *key)
+        return mean_over_ranks(flat_gradient(loss, run.parameters))
+
+    scale = adam_scale(run.optimizer, run.parameters) if args.metric == 'adam' else None
+    with unchanged(run.method):
+        stats = gradient_stats(grad_fn, run.grid, run.base, range(args.probe_batches), GROUPS,
+                               scale)
+    if run.rank == 0:
+        # the cost is relative to the uncompressed one: how many batches one batch pays for
+        append(run.folder / 'gradstats.jsonl', *(
+            dict(progress=point, strategy=str(tau), cost=run.cost[tau] / run.cost[run.base],
+                 **dataclasses.asdict(stat), metric=args.metric, method=args.method,
+                 batch_size=args.batch_size, step=state.step, units=state.units)
+            for tau, stat in stats.items()))
+
+
+def save_run(run):
+    if run.rank:
+        return
+    if not all(parameter.isfinite().all() for parameter in run.method.parameters()):
+        raise FloatingPointError(f'a weight is not finite at step {run.state.step}; checkpoint.pt '
+                                 f'is of an earlier step. Start again with a lower --lr')
+    encoder, data = run.method.encoder, run.data
+    # the backbone first: a run whose last checkpoint is there has its backbone too
+    save(dict(model=encoder.state_dict(), config=encoder.config, mean=data.mean, std=data.std,
+              dataset=data.name, transform=data.transform(run.args.img_size)),
+         run.folder / 'backbone.pt')
+    flags = {name: value for name, value in vars(run.args).items() if name != 'resume'}
+    save(dict(args=flags, state=dataclasses.asdict(run.state), identity=run.identity,
+              method=run.method.state_dict(), optimizer=run.optimizer.state_dict(),
+              lengths={name: (run.folder / name).stat().st_size for name in LINES},
+              threads=torch.get_num_threads()), run.folder / 'checkpoint.pt')
+
+
+def now_and_then(run, stopping=False):
+    """Scores, gradient errors and checkpoints that are due. What is due at a stop is left to it."""
+    state = run.state
+    progress = min(1.0, state.units / run.budget)
+
+    def due(marks):
+        return [mark for mark in marks if state.seen < mark <= progress]
+
+    start = time.perf_counter()
+    saving = due(run.save_at) or start - run.saved_at > 60 * SAVE_MINUTES
+    if not stopping:
+        scoring, measuring = due(run.score_at), due(run.args.gradstats)
+        if state.step and (scoring or measuring):    # this may take long, and be killed
+            save_run(run)
+        if scoring and run.rank == 0:
+            score(run)
+        for point in measuring:
+            measure(run, point)
+        state.seen = progress
+        saving = saving or measuring
+    if stopping or saving:
+        save_run(run)
+        run.saved_at = time.perf_counter()
+    state.events += time.perf_counter() - start
+
+
+def any_process(run, received):
+    """Whether one of the processes has received a signal."""
+    if run.world == 1:
+        return bool(received)
+    return mean_over_ranks(torch.tensor(float(len(received)), device=run.device)).item() > 0
+
+
+def marks(every):
+    """Points of progress 0, every, 2 every, ..., 1."""
+    return [i * every for i in range(math.ceil(1 / every))] + [1.0]
 
 
 # ---------------------------------------------------------------- the loop
 
-def train(run):  # noqa: PLR0915, C901 (the one long function: a loop is read from top to bottom)
-    args = run.args
-    plan = run.plan
+def train(run):
+    """Spends the budget, or stops at a signal. True if it came to the end."""
+    args, state, method, optimizer = run.args, run.state, run.method, run.optimizer
+    batches = run.data.batches(upcoming(run), args.seed, args.workers)
+    run.score_at = marks(args.eval_every) if args.eval_every and can_score(run.data) else []
+    run.save_at = marks(SAVE_EVERY)[1:]
+    run.said = run.saved_at = time.perf_counter()
+    run.bar = tqdm(total=100, disable=None if run.rank == 0 else True, ncols=80,
+                   bar_format='{percentage:3.0f}% |{bar:8}| {postfix}')
+    with stop_signals() as received:
+        stopping = False
+        now_and_then(run)
+        while state.units < run.budget and not stopping:
+            start = time.perf_counter()
+            progress = state.units / run.budget             # the clock of every schedule
+            strategy = run.schedule.at(progress)            # how much to compress now
+            lr, momentum = set_curves(run, progress)
+
+            # ---- one step
+            images, _ = next(batches)
+            state.waiting += time.perf_counter() - start
+            views = views_of(run, images, strategy, state.step)
+            loss, metrics = loss_of(run, run.model, views, strategy, state.step)
+            optimizer.zero_grad()
+            loss.backward()
+            if args.method == 'dino':
+                method.before_step()                        # clip, let the last layer rest
+            optimizer.step()                                # the gradient moves the student
+            method.update_teacher(momentum)                 # the student moves the teacher
+
+            # ---- the budget pays
+            state.step += 1
+            state.units += run.cost[strategy] * args.batch_size
+            state.seconds += time.perf_counter() - start
+
+            # ---- now and then: look, agree to stop, score, measure, save
+            looking = state.step % LOG_EVERY == 0 or state.units >= run.budget
+            if looking:
+                log(run, loss, metrics, strategy, lr, momentum)
+            if looking or run.world == 1:                   # processes stop at the same step
+                stopping = any_process(run, received) and state.units < run.budget
+            now_and_then(run, stopping)
+    run.bar.close()
+    return not stopping
+
+
+def last_words(run, finished):
+    """What was done in which time, and the command that goes on from here."""
     state = run.state
-    decay = dict(cosine=cosine, polynomial=polynomial)[args.lr_schedule]
-    weight_decay_end = DINO_WEIGHT_DECAY_END if args.method == 'dino' else args.weight_decay
-    peak_lr = args.lr * args.batch_size / 256
-    keys = batch_keys(len(run.data), args.batch_size, args.seed, state.step, run.rank, run.world)
-    batches = run.data.batches(keys, plan.views, args.seed, run.device, args.workers)
-
-    # every event has its marks of progress
-    score_at = marks(args.eval_every) if args.eval_every and scorable(run.data) else []
-    save_at = marks(SAVE_EVERY)
-    stop = StopSignal()
-    bar = Progress(plan.budget, state, run.rank == 0)
-    saved_at = time.perf_counter()
-    stopping = 0                                       # the signal that all processes know of
-
-    while True:
-        progress = run.progress                        # the clock of every schedule
-        run.method.set_progress(progress)              # DINO: teacher temperature, last layer
-        if stopping and progress < 1:                  # what is due here is left to --resume
-            save_run(run)
-            break
-
-        # what comes now may take long, and a scheduler may not wait
-        if run.due([*score_at, *args.gradstats]):
-            save_run(run)
-
-        # now and then, when progress passes a mark: score, measure, save
-        if run.due(score_at) and run.rank == 0:
-            score(run)
-        for point in run.due(args.gradstats):
-            measure_gradients(run, point)
-        minutes = (time.perf_counter() - saved_at) / 60
-        ends = progress == 1 or state.step >= (args.max_steps or math.inf)
-        saves = run.due(save_at) or minutes > args.save_minutes
-        state.seen = progress
-        if saves or ends:
-            save_run(run)
-            saved_at = time.perf_counter()
-        if ends:
-            break
-
-        # what this step does: how much to compress, and the curves
-        tau = plan.schedule.at(progress)
-        after_warmup = max(0, progress - args.warmup) / (1 - args.warmup)
-        lr = peak_lr * warmup(progress, args.warmup) * decay(after_warmup)
-        weight_decay = ramp(args.weight_decay, weight_decay_end, progress)
-        momentum = ramp(args.momentum, 1.0, progress)
-        for group in run.optimizer.param_groups:
-            group['lr'] = lr
-            group['weight_decay'] = weight_decay if group['decays'] else 0.0
-
-        # the loss: the query sees few tokens, the key by default all of them
-        start = time.perf_counter()
-        images = next(batches)
-        state.seconds_data += time.perf_counter() - start
-        loss, metrics = loss_of(run, run.model, images, tau, state.step)
-        mean_loss, stopping = agree(loss, stop.pending())
-        if not math.isfinite(mean_loss):
-            give_up(run, f'the loss is {mean_loss}')
-
-        # the gradient moves the student, the student moves the teacher
-        run.optimizer.zero_grad()
-        loss.backward()
-        if args.method == 'dino':
-            clip_each(run.parameters, DINO_CLIP)
-        for parameter in run.method.frozen():          # neither moved nor decayed
-            parameter.grad = None
-        run.optimizer.step()
-        run.method.update_teacher(momentum)
-
-        # the budget pays what the step cost
-        state.step += 1
-        state.samples += args.batch_size
-        state.units += plan.cost[tau] * args.batch_size
-        logs = state.step % args.log_every == 0 or state.units >= plan.budget
-        if logs:                                       # waits for a GPU, hence before the clock
-            metrics = {name: float(value) for name, value in metrics.items()}
-        state.seconds += time.perf_counter() - start
-        bar.update(state, mean_loss, tau)
-        if logs:
-            log(run, mean_loss, metrics, tau, dict(lr=lr, momentum=momentum))
-
-    # the end: the budget is spent, or the run stops on the way
-    bar.close()
-    if run.world > 1:
-        dist.barrier()                                 # nobody leaves while another listens
-    if progress < 1:
-        run.say(f'stopped at step {state.step}, {100 * progress:.0f} % of the budget; go on with '
-                f'python train.py --resume {run.folder}')
-        return exit_status(stopping)
-    if run.rank == 0:
-        pictures.curves_of_run(run.folder)
-    root = f' --data-root {shlex.quote(args.data_root)}' if args.data_root != 'data' else ''
-    run.say(f'{state.step:,} steps, {state.samples:,} samples for {state.units:,.0f} units in '
-            f'{state.seconds:.0f} s, {100 * state.seconds_data / state.seconds:.0f} % of them '
-            f'waiting for data; python eval.py --weights {run.folder}/backbone.pt{root} '
-            f'{"scores it" if scorable(run.data) else "--export features.npz writes its features"}')
-    return 0
+    if not finished:
+        say(f'stopped at step {state.step}, {percent(run)} of the budget; go on with {run.go_on}')
+        return
+    wall = time.perf_counter() - run.began
+    say(f'{state.step:,} steps for {state.units:,.0f} units in {state.seconds:.0f} s, '
+        f'{100 * state.waiting / max(state.seconds, 1e-9):.0f} % of them waiting for data; '
+        f'{state.events:.0f} s of scores and files; {wall:.0f} s on the clock')
+    weights = shlex.quote(str(run.folder / 'backbone.pt'))
+    root = f' --data-root {shlex.quote(run.args.data_root)}' if run.args.data_root != 'data' else ''
+    export = '' if can_score(run.data) else ' --export features.npz'
+    say(f'python eval.py --weights {weights}{root}{export}')
 
 
 def main(argv=None):
-    # names of files that a console cannot write; each line at once, also into a file
-    sys.stdout.reconfigure(errors='backslashreplace', line_buffering=True)
-    status = 0
+    args, checkpoint = parse_args(argv)
     try:
-        args, checkpoint = parse_args(sys.argv[1:] if argv is None else argv)
-        if args.dry_run:
-            dry_run(args)
-        else:
-            status = train(set_up(args, checkpoint))
-    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        line = reason(error)
-        if line is None:
-            raise
-        fail(f'train.py: error: {line}')
-    except KeyboardInterrupt:                        # before the loop, which would finish its step
-        fail('train.py: stopped before the first step', 130)
+        run = set_up(args, checkpoint)
+        if run.state.units >= run.budget:
+            say(f'{run.folder} is finished')
+            return
+        if run.rank == 0:
+            announce(run)
+        finished = train(run)
+        if run.world > 1:
+            dist.barrier()                           # nobody leaves while another listens
+        if run.rank == 0:
+            last_words(run, finished)
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-    if status:
-        sys.exit(status)
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f'train.py: error: {error}')

@@ -1,209 +1,154 @@
-"""Speed tables: views, training steps, the encoder against timm, whole runs.
+"""Speed tables: CPU time, one thread, what is compared in turns in one process, medians.
 
-    python experiments/bench.py              # all, about 15 minutes on 2 cores
-    python experiments/bench.py views step
+    python experiments/bench.py step                      # a training step, beside lightly's
+    python experiments/bench.py loader --image photo.jpg  # views of photos; cores for one GPU
+    python experiments/bench.py lightly                   # with_lightly.py with and without
 
-What is compared runs in turns; whole runs are processes of their own. The
-numbers are medians, the ratios those of medians.
+--rounds 1 --batch-size 8 is a quick look.
 """
 import argparse
 import statistics
-import subprocess
+import tempfile
 import time
+from itertools import product
 
 import torch
-import torchvision.transforms as T
+from lightly.transforms import BYOLTransform, MoCoV2Transform
+from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
+from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from reproduce import logged_steps
-import losses
-from commandline import Parser, fail, pick_device
-from compress import Compression
-from train import build_optimizer, strategy_costs
-from views import keyed_generator, make_views, normalize, recipe
+import with_lightly
+from pictures import units
+from compress import Compression, pass_flops, patches_per_side
+from images.data import read_crops
+from images.views import make_view, make_views, recipe
+from losses import MoCo
 from vit import ViT
 
-MEAN = (0.5, 0.5, 0.5)
-STD = (0.25, 0.25, 0.25)
+GPU = 400e12                            # FLOP/s that a large GPU may reach in training: assumed
 
 
 def in_turns(functions, rounds):
-    """{name: median seconds} after a round to warm up; on a GPU each call is waited for."""
+    """{name: median CPU milliseconds} after a round to warm up."""
     times = {name: [] for name in functions}
-    for i in range(rounds + 1):
+    for _ in range(rounds + 1):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = time.process_time()
             function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if i > 0:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            times[name].append(1e3 * (time.process_time() - start))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def torchvision_view(view, mean, std):
-    """The transform of one PIL image that draws from the distribution of a View without blur."""
-    interpolation = T.InterpolationMode(view.interpolation)
-    steps = [
-        T.RandomResizedCrop(view.side, view.scale, interpolation=interpolation),
-        T.RandomHorizontalFlip(),
-        T.RandomApply([T.ColorJitter(*view.jitter)], view.jitter_p),
-        T.RandomGrayscale(view.gray_p),
-        T.RandomSolarize(128, view.solarize_p),
-        T.ToTensor(),
-        T.Normalize(mean, std),
-    ]
-    return T.Compose(steps)
+def row(*cells):
+    print('|', ' | '.join(f'{cell:,.3g}' if isinstance(cell, float) else str(cell)
+                          for cell in cells), '|', flush=True)
 
 
-def views(device):
-    """Both views of a batch of small images: make_views against torchvision, image by image."""
-    print('\n| images | recipe | batched, images/s | torchvision, images/s | ratio |')
-    print('|---|---|---|---|---|')
-    # 30 MB, freed at once: from then on glibc keeps what is freed, as it does in training
-    torch.ones(7_500_000)
-    for side, channels in ((28, 1), (32, 3)):
-        images = torch.randint(0, 256, (256, channels, side, side), dtype=torch.uint8)
-        pil = [to_pil_image(image) for image in images[:64]]
-        images = images.to(device)
-        mean = MEAN[:channels]
-        std = STD[:channels]
-        for method in ('moco', 'simclr'):
-            generator = keyed_generator(0, device=device)
-            pair = recipe(method, side)
-            transforms = [torchvision_view(view, mean, std) for view in pair]
-
-            def batched():
-                for _ in range(4):     # about as long as 64 images one by one
-                    for view in make_views(images, pair, generator):
-                        normalize(view, mean, std)
-
-            def per_image():
-                for transform in transforms:
-                    torch.stack([transform(image) for image in pil])
-
-            seconds = in_turns(dict(batched=batched, per_image=per_image), 9)
-            ours = 4 * 256 / seconds['batched']
-            theirs = 64 / seconds['per_image']
-            colours = 'grey' if channels == 1 else 'colour'
-            print(f'| {side} px, {colours} | {method} | {ours:,.0f} | {theirs:,.0f} | '
-                  f'{ours / theirs:.1f} |', flush=True)
+def kinds_of(side, base, tau, views):
+    """The Augmentations of MoCo-v3 for a strategy, rendered full or small."""
+    patches = (tau.patch_size, base) if views == 'small' else (1, 1)
+    rendered = patches_per_side(side, tau.patch_size) * tau.patch_size
+    return [kind.at(rendered, patches) for kind in recipe('moco', side)]
 
 
-def step(device):
-    """A whole MoCo-v3 step under each strategy: cost, seconds, and the share of the rest.
+def trainer(model, loss_of):
+    """A function that takes a step of training."""
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
-    The rest is what a step does besides the passes of encoder and heads: views, optimizer, teacher.
-    """
-    torch.manual_seed(0)
-    encoder = ViT(img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3)
-    method = losses.MoCo(encoder, hidden=512).to(device)
-    optimizer = build_optimizer(method, argparse.Namespace(method='moco'), device)
-    images = torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8, device=device)
-    pair = recipe('moco', 32)
-    generator = keyed_generator(0, device=device)
-    fixed = [torch.randn(128, 3, 32, 32, device=device) for _ in pair]
-    names = ('p4', 'p4-drop0.50', 'p4-drop0.75', 'p8', 'p8-drop0.50', 'p16')
-    base, *others = [Compression.parse(name) for name in names]
-
-    def passes(made, tau):
-        loss, _ = method(made, tau.patch_size, tau.drop_rate, generator)
+    def step(*args):
+        loss = loss_of(*args)
         optimizer.zero_grad()
         loss.backward()
-
-    def whole(tau):
-        made = [normalize(view, MEAN, STD) for view in make_views(images, pair, generator)]
-        passes(made, tau)
         optimizer.step()
-        method.update_teacher(0.99)
-
-    functions = {}
-    for tau in (base, *others):
-        functions['whole', tau] = lambda tau=tau: whole(tau)
-        functions['passes', tau] = lambda tau=tau: passes(fixed, tau)
-    seconds = in_turns(functions, 7)
-    costs = strategy_costs(method, [base, *others], [32, 32], encoder.config)
-    print('\nMoCo-v3, ViT of width 192, depth 6, 32 px, patch 4 (64 tokens), batch 128\n')
-    print('| strategy | units/sample | relative | ms | relative | seconds / units | the rest |')
-    print('|---|---|---|---|---|---|---|')
-    for tau, units in costs.items():
-        cost = units / costs[base]
-        relative = seconds['whole', tau] / seconds['whole', base]
-        rest = 1 - seconds['passes', tau] / seconds['whole', tau]
-        print(f'| {tau} | {units:.3f} | {cost:.3f} | {1e3 * seconds["whole", tau]:.0f} | '
-              f'{relative:.3f} | {relative / cost:.2f} | {100 * rest:.0f} % |', flush=True)
+    return step
 
 
-def encoder(device):
-    """Forward and backward of the encoder against timm's ViT of the same size."""
-    try:
-        import timm
-    except ImportError:
-        print('\nencoder: timm is not installed (pip install -r tests/requirements.txt)')
-        return
-    small = dict(img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3)
-    large = dict(img_size=224, patch_size=16, embed_dim=192, depth=12, num_heads=3)
-    print('\n| encoder | batch | ours, ms | timm, ms | ratio |')
-    print('|---|---|---|---|---|')
-    for batch, sizes in ((128, small), (16, large)):
-        side = sizes['img_size']
-        ours = ViT(**sizes).to(device)
-        theirs = timm.models.VisionTransformer(num_classes=0, **sizes).to(device)
-        images = torch.randn(batch, 3, side, side, device=device)
+def step(args):
+    """A MoCo-v3 step at 32 px with its views, and that of lightly and timm at the same sizes."""
+    images = torch.randint(0, 256, (args.batch_size, 3, 32, 32), dtype=torch.uint8)
+    photos = list(map(to_pil_image, images))
+    transform = MoCoV2Transform(32, gaussian_blur=0.0)
+    print('| width | strategy | views | ms | ms a unit, relative | times faster than lightly |\n'
+          '|---|---|---|---|---|---|')
+    for width, depth in ((64, 4), (192, 6)):
+        method = MoCo(ViT(32, 4, 3, width, depth, max(2, width // 64)), hidden=512)
+        usual = with_lightly.MoCo(True, 32, 4, width, depth)
 
-        def backward(model):
-            model(images).square().mean().backward()
+        def loss_of(tau, views):
+            method.update_teacher(0.99)
+            made = make_views(images, kinds_of(32, 4, tau, views))
+            return method(made, tau.patch_size if views == 'full' else 4, tau.drop_rate)[0]
 
-        seconds = in_turns(dict(ours=lambda: backward(ours), timm=lambda: backward(theirs)), 9)
-        ratio = seconds['ours'] / seconds['timm']
-        print(f'| {side} px, patch {sizes["patch_size"]}, width 192, depth {sizes["depth"]} | '
-              f'{batch} | {1e3 * seconds["ours"]:.0f} | {1e3 * seconds["timm"]:.0f} | '
-              f'{ratio:.2f} |', flush=True)
+        ours = trainer(method, loss_of)
+        theirs = trainer(usual, lambda: usual(*map(torch.stack, zip(*map(transform, photos)))))
+        base = Compression(4), 'full'
+        cases = [base, *product((Compression(8), Compression(8, 0.5)), ('full', 'small'))]
+        ms = in_turns({case: lambda case=case: ours(*case) for case in cases}
+                      | {theirs: theirs}, args.rounds)
+        row(width, 'lightly and timm', '', ms[theirs], '', 1)
+        for case in cases:
+            share = units(case[0], 32, 4, width, depth) / units(base[0], 32, 4, width, depth)
+            row(width, *case, ms[case], ms[case] / ms[base] / share, ms[theirs] / ms[case])
 
 
-def runs(device):
-    """Whole runs of train.py with its default network: how long a unit takes under a schedule.
+def loader(args):
+    """Both views of JPEGs at 224 px: in a worker and on the device, and cores that feed one GPU."""
+    print('| JPEG | strategy | views | worker, ms an image | device, ms | times faster than '
+          "torchvision's transforms | images/s of ViT-B on one GPU (computed) | cores that feed it "
+          '(computed) | of torchvision |\n|---|---|---|---|---|---|---|---|---|')
+    usual = BYOLTransform(BYOLView1Transform(224), BYOLView2Transform(224))
+    smooth = to_pil_image(torch.rand(3, 24, 32))
+    photo = Image.open(args.image).convert('RGB') if args.image else smooth
+    n = range(args.batch_size)
+    for size in ((500, 375), (2000, 1500)):
+        file = tempfile.NamedTemporaryFile(suffix='.jpg')
+        photo.resize(size, Image.Resampling.BICUBIC).save(file.name, quality=90)
+        functions = {'usual': lambda: [usual(Image.open(file.name).convert('RGB')) for _ in n]}
+        cases = [(Compression(16), 'full'), *product(
+            (Compression(p, 0.5) for p in (24, 30, 48)), ('full', 'small'))]
+        for case in cases:
+            def worker(kinds=kinds_of(224, 16, *case)):
+                return [read_crops(file.name, epoch, kinds, 0) for epoch in n]
 
-    The first steps, which are slow, count.
-    """
-    pairs = [('moco', 'none'), ('moco', 'p8'), ('moco', 'p8-drop0.50'),
-             ('simclr', 'none'), ('simclr', 'p8-drop0.50'),
-             ('dino', 'none'), ('dino', 'p8-drop0.50')]
-    times = {pair: [] for pair in pairs}
-    for _ in range(3):
-        for method, schedule in pairs:
-            flags = ['--method', method, '--schedule', schedule, '--budget', '0.02',
-                     '--device', device.type]
-            last = logged_steps(flags, stdout=subprocess.DEVNULL)[-1]
-            times[method, schedule].append(1e3 * last['seconds'] / last['units'])
-    print('\n| method | schedule | ms / unit, three runs | median | relative |')
-    print('|---|---|---|---|---|')
-    for (method, schedule), values in times.items():
-        median = statistics.median(values)
-        relative = median / statistics.median(times[method, 'none'])
-        listed = ', '.join(f'{value:.3f}' for value in values)
-        print(f'| {method} | {schedule} | {listed} | {median:.3f} | {relative:.2f} |', flush=True)
+            def device(kinds=kinds_of(224, 16, *case), crops=list(zip(*worker()))):
+                return [make_view(torch.stack(view), kind, cropped=True)
+                        for view, kind in zip(crops, kinds)]
+
+            functions |= {(case, 'worker'): worker, (case, 'device'): device}
+        ms = {name: value / len(n) for name, value in in_turns(functions, args.rounds).items()}
+        for case in cases:
+            rate = GPU / units(case[0]) / pass_flops(196, 768, 768, 12)
+            worker, device = ms[case, 'worker'], ms[case, 'device']
+            row('{} x {}'.format(*size), *case, worker, device, ms['usual'] / (worker + device),
+                rate, rate * worker / 1e3, rate * ms['usual'] / 1e3)
+
+
+def lightly(args):
+    """The step of with_lightly.py on views that are there: without and with its marked lines."""
+    views = torch.randn(2, args.batch_size, 3, 64, 64)
+    models = {'usual': with_lightly.MoCo(True), 'marked lines': with_lightly.MoCo(),
+              "timm's patch_drop_rate": with_lightly.MoCo(True, patch_drop_rate=0.5)}
+    steps = {name: trainer(model, lambda model=model: model(*views))
+             for name, model in models.items()}
+    ms = in_turns(steps, args.rounds)
+    print('| step | ms | times faster |\n|---|---|---|')
+    for name in ms:
+        row(name, ms[name], ms['usual'] / ms[name])
 
 
 def main(argv=None):
-    all_tables = dict(views=views, step=step, encoder=encoder, runs=runs)
-    parser = Parser(__doc__)
-    parser.add_argument('tables', nargs='*', metavar='TABLE', help='views, step, encoder, runs')
-    parser.add_argument('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'))
+    tables = dict(step=step, loader=loader, lightly=lightly)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('table', choices=tables)
+    parser.add_argument('--rounds', type=int, default=7, help='after one to warm up')
+    parser.add_argument('--batch-size', type=int, default=128)
+    parser.add_argument('--image', help='a large photo for loader (default: a smooth picture)')
     args = parser.parse_args(argv)
-    unknown = [name for name in args.tables if name not in all_tables]
-    if unknown:
-        parser.error(f'no table {", ".join(unknown)}; choose from {", ".join(all_tables)}')
-    try:
-        device = pick_device(args.device)
-    except ValueError as error:
-        fail(f'bench.py: error: {error}')
-    print(f'torch {torch.__version__}, {device}, {torch.get_num_threads()} threads')
-    try:
-        for name in args.tables or all_tables:
-            all_tables[name](device)
-    except subprocess.CalledProcessError as error:
-        fail(f'bench.py: error: {error}')
+    torch.set_num_threads(1)
+    print(f'torch {torch.__version__}, CPU time of one thread, batches of {args.batch_size}\n')
+    tables[args.table](args)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
-"""Print the size and the density of each file: python tests/house.py [FILE ...]
+"""Hold the house to its size: python tests/house.py, or FILE ... to look at some.
 
 tokens: names, numbers, operators and strings, without comments and docstrings. A code line is a
 line that has one. prose: lines of docstrings and of comments on lines of their own, per 100 code
 lines.
-Above 10 tokens a code line, a file says too much at once.
+CEILINGS only ever fall. A file that outgrows its own needs another to shrink, or to say less.
 """
 import ast
 import sys
@@ -11,6 +11,11 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CEILINGS = dict(                        # tokens
+    product=28_300,                     # the seven files and images/
+    experiments=9_200,
+    tests=31_300)
+DENSITY = 11                            # tokens a code line of the product
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENCODING, tokenize.ENDMARKER}
 
@@ -45,15 +50,37 @@ def measure(path):
     return len(lines), len(code), tokens, len(prose) + comments
 
 
-if __name__ == '__main__':
-    paths = [Path(name) for name in sys.argv[1:]] or sorted(ROOT.glob('*.py'))
-    print(f'{"file":24} {"lines":>6} {"tokens":>7} {"tokens/line":>12} {"prose/100":>10}')
+def table(paths):
+    """Prints a line a file. Returns the sums of measure."""
     totals = [0, 0, 0, 0]
     for path in paths:
         numbers = measure(path)
         totals = [a + b for a, b in zip(totals, numbers)]
-        lines, code, tokens, prose = numbers
-        print(f'{path.name:24} {lines:6} {tokens:7,} {tokens / code:12.1f} '
-              f'{100 * prose / code:10.0f}')
-    lines, code, tokens, prose = totals
-    print(f'{"sum":24} {lines:6} {tokens:7,} {tokens / code:12.1f} {100 * prose / code:10.0f}')
+        print_line(path.relative_to(ROOT), numbers)
+    return totals
+
+
+def print_line(name, numbers):
+    lines, code, tokens, prose = numbers
+    print(f'{str(name):28} {lines:6} {tokens:7,} {tokens / code:12.1f} {100 * prose / code:10.0f}')
+
+
+if __name__ == '__main__':
+    print(f'{"file":28} {"lines":>6} {"tokens":>7} {"tokens/line":>12} {"prose/100":>10}')
+    if sys.argv[1:]:
+        print_line('sum', table([Path(name).resolve() for name in sys.argv[1:]]))
+        sys.exit()
+    rooms = dict(
+        product=[*ROOT.glob('*.py'), *ROOT.glob('images/*.py')],
+        experiments=ROOT.glob('experiments/*.py'),
+        tests=ROOT.glob('tests/*.py'))
+    too_much = []
+    for room, paths in rooms.items():
+        totals = table(sorted(paths))
+        print_line(f'{room}, at most {CEILINGS[room]:,}', totals)
+        print()
+        if totals[2] > CEILINGS[room]:
+            too_much.append(f'{room} has {totals[2]:,} tokens')
+        if room == 'product' and totals[2] / totals[1] > DENSITY:
+            too_much.append(f'product has {totals[2] / totals[1]:.1f} tokens a line')
+    sys.exit('; '.join(too_much))

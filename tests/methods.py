@@ -1,9 +1,11 @@
-"""Small MoCo, SimCLR and DINO, and one step of each in one process or in several."""
+"""Small MoCo, SimCLR and DINO; one step of each in one process or in several; shrunk images."""
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
 
-from losses import DINO, MoCo, SimCLR
+from losses import DINO, MoCo, SimCLR, gather
 from vit import ViT
 
 METHODS = ('moco', 'simclr', 'dino')
@@ -31,6 +33,19 @@ def views_of(name, b=8):
     sides = (16, 16, 8, 8) if name == 'dino' else (16, 16)
     return [torch.randn(b, 3, side, side, generator=generator) for side in sides]
 
+
+def shrunk(images, large, small):
+    """float64 images whose patches of `large` pixels are least-squares pictures of `small`."""
+    unit_patches = torch.eye(small ** 2, dtype=torch.float64).view(-1, 1, small, small)
+    enlarge = F.interpolate(unit_patches, (large, large), mode='bilinear').flatten(1).T
+    b, c, height, width = images.shape
+    patches = rearrange(images, 'b c (h y) (w x) -> (y x) (b c h w)', y=large, x=large)
+    solution = torch.linalg.lstsq(enlarge, patches.double(), driver='gelsd').solution
+    return rearrange(solution, '(y x) (b c h w) -> b c (h y) (w x)', b=b, c=c, y=small,
+                     h=height // large)
+
+
+# ---- in one process or in several
 
 def without_batch_norm(method):
     """LayerNorm in place of BatchNorm, whose statistics gloo cannot share between processes."""
@@ -65,10 +80,13 @@ def one_step(title, rank=0, world=1):
 
 
 def worker(rank, world, folder):
-    """Process `rank` of `world`: every step, and rank 0 saves the results."""
+    """Process `rank` of `world` saves its results of every step, and a gradient of `gather`."""
     meeting = f'file://{folder}/meeting'
     dist.init_process_group('gloo', init_method=meeting, rank=rank, world_size=world)
     results = {title: one_step(title, rank, world) for title in STEPS}
-    if rank == 0:
-        torch.save(results, f'{folder}/results.pt')
+    x = torch.full((2, 1), float(rank), requires_grad=True)
+    rows = gather(x)
+    (rows * torch.arange(4)[:, None] * 10 ** rank).sum().backward()
+    results['gather'] = rows.flatten().tolist(), x.grad.flatten().tolist()
+    torch.save(results, f'{folder}/{rank}.pt')
     dist.destroy_process_group()

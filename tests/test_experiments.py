@@ -1,18 +1,19 @@
-"""The scripts of experiments/: what is run, what is collected, and the numbers made from it."""
+"""The scripts of experiments/: what is run, what is collected, the numbers and pictures of it."""
 import json
 import sys
+from math import inf
 
 import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
 
-import figures
+import pictures
 import reproduce
-import tables
 import train
+from compress import Compression, pi_resize
 
-DYNAMIC = reproduce.DYNAMIC
-INF = float('inf')
-
-# A train.py that writes the log of a finished run, or fails in the run of seed 1.
+# A train.py that leaves the files of a finished run, or fails in the run of seed 1.
 STUB = '''
 import json, pathlib, sys
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -20,58 +21,44 @@ if flags['--seed'] == '1':
     print('a line before')
     sys.exit('train.py: error: no such data')
 folder = pathlib.Path('runs') / flags['--name']
-folder.mkdir(parents=True)
-step = dict(progress=1.0, samples=20, query='p8')
+step = dict(step=5, progress=1.0, loss=1.0, strategy=flags['--schedule'])
 score = dict(progress=1.0, units=80.0, seconds=2.0, nn=50.0, knn=55.0)
 log = [dict(score, progress=0.0, knn=30.0), step, score]
 (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + chr(10) for line in log))
+(folder / 'args.json').write_text('{"batch_size": 4}')
 print('trained', flags['--budget'])
 '''
 
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
-    """reproduce.py in an empty folder, with the stub in the place of train.py."""
-    script = tmp_path / 'stub.py'
-    script.write_text(STUB)
+    """reproduce.py in an empty folder, without results, with the stub in the place of train.py."""
+    (tmp_path / 'stub.py').write_text(STUB)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, 'TRAIN', [sys.executable, str(script)])
+    monkeypatch.setattr(reproduce, 'TRAIN', [sys.executable, str(tmp_path / 'stub.py')])
+    monkeypatch.setattr(reproduce, 'RESULTS', tmp_path / 'runs.jsonl')
     return tmp_path
 
 
-def headline(flags):
-    command = f'run headline --datasets shapes --budgets 0.08 {flags}'
-    reproduce.main(command.split())
+def verdict(flags):
+    """Four runs for each seed: p8 and p8-drop0.50, small and full."""
+    reproduce.main(f'run verdict --datasets shapes --budgets 0.08 {flags}'.split())
 
 
-def collect():
-    reproduce.main(['collect', '--results', 'runs.jsonl'])
-    with open('runs.jsonl') as file:
-        return [json.loads(line) for line in file]
-
-
-def record(schedule, budget, seed, knn, dataset='shapes'):
-    """A line of runs.jsonl. A thousand units take an uncompressed run 1 s and others 2 s."""
+def record(schedule, budget, seed, knn, **others):
+    """A record of runs.jsonl. A thousand units take an uncompressed run 1 s and others 2 s."""
     units = 1e6 * budget
     seconds = units / (1000 if schedule == 'none' else 500)
-    return dict(study='headline', dataset=dataset, method='moco', schedule=schedule, variant='',
-                budget=budget, seed=seed, machine=dict(runs_at_once=1), samples=1000, units=units,
-                seconds=seconds, nn=knn, knn=knn, curve=[dict(knn=30.0)])
+    views = '' if schedule == 'none' else 'full'
+    return dict(dict(dataset='shapes', method='moco', schedule=schedule, variant='', views=views,
+                     budget=budget, seed=seed, units=units, seconds=seconds, knn=knn,
+                     curve=[dict(knn=30.0)]), **others)
 
 
-@pytest.fixture
-def two_seeds(tmp_path):
-    """runs.jsonl: uncompressed 50 and 45 % at 1.28 M; p8 40 and 60 % at 0.08 and 0.32 M.
-
-    On another data set there are constant strategies alone.
-    """
-    records = [record('none', 1.28, 0, 50.0), record('none', 1.28, 1, 45.0),
-               record('p8', 0.08, 0, 41.0, 'cifar10'), record('p8', 0.32, 0, 42.0, 'cifar10')]
-    for seed in (0, 1):
-        records += [record('p8', 0.08, seed, 40.0), record('p8', 0.32, seed, 60.0)]
-    path = tmp_path / 'runs.jsonl'
-    path.write_text(''.join(json.dumps(line) + '\n' for line in records))
-    return path
+def searched(scores, seeds=(10, 11)):
+    """Records of a search of p8: {recipe: 20-NN of each seed}."""
+    return [record('p8', 0.08, seed, knn, variant=recipe, views='small')
+            for recipe, by_seed in scores.items() for seed, knn in zip(seeds, by_seed)]
 
 
 # ---- speed-up
@@ -79,216 +66,233 @@ def two_seeds(tmp_path):
 @pytest.mark.parametrize('points, target, x', [
     ([(10, 50.0), (40, 60.0)], 55.0, 20),                   # half of log 4: twice 10
     ([(1, 0.0), (100, 1.0), (400, 9.0)], 5.0, 200),         # in the second piece
-    ([(10, 50.0), (40, 60.0)], 60.0, 40),                   # at the last point
     ([(1, 2.0), (4, 6.0), (16, 4.0), (64, 8.0)], 4.0, 2),   # the first time, before it falls again
-    ([(10, 50.0), (40, 60.0)], 50.0, -INF),                 # no lower budget was run
-    ([(10, 50.0), (40, 60.0)], 60.1, INF),                  # nothing is extrapolated
-    ([(10, 50.0)], 55.0, INF),
+    ([(10, 50.0), (40, 60.0)], 50.0, -inf),                 # no lower budget was run
+    ([(10, 50.0), (40, 60.0)], 60.1, inf),                  # nothing is extrapolated
 ])
 def test_crossing_is_linear_in_the_logarithm(points, target, x):
-    assert tables.crossing(points, target) == pytest.approx(x)
+    assert reproduce.crossing(points, target) == pytest.approx(x)
 
 
 @pytest.mark.parametrize('outcomes, text', [
     ([('', 8.0)], '8.0'),
-    ([('>', 16.0), ('>', 15.5)], '> 15.5'),
+    ([('', 8.0), ('', 10.0)], '9.0 +- 1.4'),
+    ([('>', 16.0), ('>', 9.5)], '> 9.5'),
     ([('not reached', 0.0), ('not reached', 0.0)], 'not reached'),
     ([('', 8.0), ('>', 16.0), ('not reached', 0.0)], '8.0, > 16.0, not reached'),
 ])
 def test_bounds_are_not_averaged(outcomes, text):
-    assert tables.speed_up_text(dict(enumerate(outcomes))) == text
+    assert reproduce.speed_up_text(dict(enumerate(outcomes))) == text
 
 
-def test_a_seed_without_shorter_runs_is_not_compared():
-    """Seed 1 has no compressed run, so its 20 % do not enter the accuracy beside n = 1."""
-    records = [record('none', 1.28, 0, 50.0), record('none', 1.28, 1, 20.0),
-               record('p8', 0.32, 0, 50.0)]
-    rows = [reproduce.Row('moco', 'none'), reproduce.Row('moco', 'p8')]
-    line = tables.speed_up_table(records, 'shapes', rows).splitlines()[-1]
-    assert line == '| moco | p8 | none | 1.28 | 50.00 | 1 | > 4.0 | > 2.0 |'
+def test_speed_up_divides_whole_runs_of_the_same_seed():
+    """50 % is half way in log 4 from 40 to 60, at 0.16 M: 1.28 / 0.16 = 8, in seconds half of it.
 
-
-@pytest.mark.parametrize('sharing, seconds', [((), '3.0 +- 1.4'), ((1,), '2.0'), ((0, 1), '-')])
-def test_seconds_are_those_of_runs_that_had_the_machine_to_themselves(sharing, seconds):
-    """Seed 0 needs all of 0.32 M, seed 1 half a step of log 4: 4 and 8 times fewer units."""
-    rows = [reproduce.Row('moco', 'none'), reproduce.Row('moco', 'p8')]
-    records = [record('none', 1.28, 0, 50.0), record('none', 1.28, 1, 45.0)]
-    for seed in (0, 1):
-        records += [record('p8', 0.08, seed, 40.0), record('p8', 0.32, seed, 50.0)]
-    for one in records:
-        one['machine']['runs_at_once'] = 2 if one['seed'] in sharing else 1
-    line = tables.speed_up_table(records, 'shapes', rows).splitlines()[-1]
-    assert line == f'| moco | p8 | none | 1.28 | 47.50 +- 3.54 | 2 | 6.0 +- 2.8 | {seconds} |'
-
-
-def test_best_recipe_is_that_of_each_seed_that_all_rows_have():
-    """At 0.08 M p8 has no run: nothing is compared. At 0.32 M it has no seed 2."""
-    scores = {('none', 0.08): (40.0,), ('none', 0.32): (50.0, 60.0, 90.0),
-              ('p8', 0.32): (55.0, 45.0)}
-    records = [record(name, budget, seed, score)
-               for (name, budget), row in scores.items() for seed, score in enumerate(row)]
-    rows = [reproduce.Row('moco', 'none'), reproduce.Row('moco', 'p8')]
-    best = tables.best_of(records, 'shapes', rows)
-    assert list(best) == [0.32]
-    assert {seed: run['knn'] for seed, run in best[0.32].items()} == {0: 55.0, 1: 60.0}
-
-
-def test_short_runs_are_judged_by_the_long_runs_of_other_seeds():
-    """Long runs: p8 has 70 and 50, p8-drop0.50 60 and 90. Seed 0 chooses p8, and seed 1 judges that
-    it loses 90 - 50 points. Seed 1 chooses p8-drop0.50, and loses 70 - 60 on seed 0.
+    Seed 1 has no compressed run and is not compared; a longer compressed run is none either.
     """
-    rows = [reproduce.Row('moco', name) for name in ('p8', 'p8-drop0.50', DYNAMIC)]
-    scores = {('p8', 0.08): (40.0, 30.0), ('p8-drop0.50', 0.08): (30.0, 40.0),
-              ('p8', 0.32): (70.0, 50.0), ('p8-drop0.50', 0.32): (60.0, 90.0),
-              ('p8', 1.28): (99.0,), (DYNAMIC, 0.08): (99.0, 99.0)}
-    records = [record(name, budget, seed, score)
-               for (name, budget), pair in scores.items() for seed, score in enumerate(pair)]
-    table = tables.pilot_table(records, 'shapes', rows).splitlines()
-    assert table[2:] == ['| 0.32 | p8, p8-drop0.50 | 40.0, 10.0 | 40.0, 0.0 | 0.0, 10.0 |']
-    assert tables.pilot_table(records, 'cifar10', rows) == ''
+    base = {1.28: {seed: record('none', 1.28, seed, 50.0) for seed in (0, 1, 2)}}
+    fast = {0.08: {0: record('p8', 0.08, 0, 40.0)}, 0.32: {0: record('p8', 0.32, 0, 60.0)},
+            2.56: {2: record('p8', 2.56, 2, 90.0)}}
+    assert reproduce.speed_ups(base, fast, 1.28) == {0: ('', pytest.approx(8))}
+    assert reproduce.speed_ups(base, fast, 1.28, 'seconds') == {0: ('', pytest.approx(4))}
 
 
-def test_page_has_index_speed_up_and_scores(two_seeds):
-    """Seed 0: 50 is half way from 40 to 60, so b = 0.08 * 4^(1/2) = 0.16 M, and 1.28 / 0.16 = 8.
-
-    Seed 1: 45 is a quarter, b = 0.08 * 4^(1/4), and 1.28 / b = 11.31. 9.66 +- 3.31 / sqrt(2) units,
-    and half of it in seconds.
-    """
-    reproduce.main(['tables', '--results', str(two_seeds)])
-    page = two_seeds.with_name('README.md').read_text()
-    assert '- [runs.jsonl](runs.jsonl)' in page
-    assert 'before training: shapes 30.0 %' in page
-    speed_up = '1.28 | 47.50 +- 3.54 | 2 | 9.7 +- 2.3 | 4.8 +- 1.2 |'
-    assert f'| moco | p8 | none | {speed_up}' in page
-    assert '| moco | none | 1.28 | 2 | 1,000 +- 0 | 1,280 +- 0 | 47.50 +- 3.54 |' in page
-    assert '`python experiments/reproduce.py run headline --datasets shapes`' in page
+def test_best_recipe_is_that_of_each_seed_that_all_recipes_have():
+    """At 0.08 M one recipe was run: nothing is compared. At 0.32 M batch64 has no seed 2."""
+    scores = {('', 0.08): (40.0,), ('', 0.32): (50.0, 60.0, 90.0), ('batch64', 0.32): (55.0, 45.0)}
+    records = [record('none', budget, seed, knn, variant=variant)
+               for (variant, budget), by_seed in scores.items() for seed, knn in enumerate(by_seed)]
+    best = reproduce.best_of(records, 'shapes')
+    assert {budget: {seed: run['knn'] for seed, run in by_seed.items()}
+            for budget, by_seed in best.items()} == {0.32: {0: 55.0, 1: 60.0}}
 
 
-def test_headline_shows_means_and_the_speed_up_of_the_page(two_seeds):
-    axis = figures.headline(two_seeds).axes[0]
-    uncompressed, compressed, random = axis.get_lines()
-    assert uncompressed.get_xydata().tolist() == [[1.28e6, 47.5]]
-    assert compressed.get_xydata().tolist() == [[0.08e6, 40.0], [0.32e6, 60.0]]
-    assert set(random.get_ydata()) == {30.0}
-    assert axis.texts[-1].get_text() == '9.7 +- 2.3 times fewer'
+# ---- protocol
+
+def test_the_recipe_with_the_best_mean_of_the_search_is_chosen():
+    """The best single run (batch64, 60) does not win; other seeds are not counted."""
+    scores = {'': (50, 50), 'batch64': (60, 45), 'jitter2': (54, 53), 'crop0.6': (1, 1)}
+    records = searched({**scores, 'jitter2-batch64': (2, 2)})
+    records += searched({'': (99, 99)}, seeds=(0, 1))
+    assert reproduce.chosen(records, 'shapes', 'p8') == 'jitter2'
+    assert reproduce.chosen(records, 'shapes', 'p8@0,p4@0.5') == 'jitter2'
+    with pytest.raises(ValueError, match='jitter2-batch64 on shapes is not in the results'):
+        reproduce.chosen(searched(scores), 'shapes', 'p8')
 
 
-@pytest.mark.parametrize('figure', ['headline', 'decay'])
-def test_figures_are_written(figure, two_seeds, tmp_path):
-    output = tmp_path / 'figure.png'
-    figures.main([figure, '--results', str(two_seeds), '-o', str(output)])
-    assert output.read_bytes()[:4] == b'\x89PNG'
+def test_both_sides_of_the_search_have_the_same_runs_and_other_seeds_judge(monkeypatch):
+    search = reproduce.runs_of('search')
+    sides = [{run._replace(schedule='', views='') for run in search if run.schedule == schedule}
+             for schedule in ('none', 'p8', 'p8-drop0.50')]
+    assert sides[0] == sides[1] == sides[2] and len(sides[0]) == 5 * 2 * 3
+    monkeypatch.setattr(reproduce, 'chosen', lambda *key: 'jitter2')
+    judge = reproduce.runs_of('judge')
+    assert {run.variant for run in judge} == {'jitter2'}
+    assert not {run.seed for run in judge} & {run.seed for run in search}
+    assert {run.variant for run in reproduce.runs_of('width')} == {'width192-jitter2'}
+
+
+@pytest.mark.parametrize('study', reproduce.STUDIES)
+def test_commands_are_those_of_train_and_none_runs_twice(study, monkeypatch):
+    monkeypatch.setattr(reproduce, 'chosen', lambda *key: 'jitter2-batch64')
+    runs = reproduce.runs_of(study)
+    assert len(set(map(reproduce.name_of, runs))) == len(runs)
+    for run in runs[::7]:
+        args, _ = train.parse_args(reproduce.flags_of(run))
+        assert (args.budget, args.seed, args.method) == (run.budget, run.seed, run.method)
+        assert args.views == (run.views or 'small')
 
 
 # ---- run and collect
 
-def test_finished_runs_are_skipped_and_collected_once(stub, capsys):
-    headline('--seeds 0 --jobs 2')
+def test_finished_and_recorded_runs_are_skipped(stub, capsys):
+    verdict('--seeds 0 --jobs 2')
     out = capsys.readouterr().out
     assert '0 runs are finished, 4 to do' in out
-    assert 'shapes-moco-none-0.08M-seed0: trained 0.08' in out
-    headline('--seeds 0')                                   # the stub fails if its folder exists
+    assert 'shapes-moco-p8-0.08M-seed0-small: trained 0.08' in out
+    verdict('--seeds 0')
     assert capsys.readouterr().out == '4 runs are finished, 0 to do\n'
-
-    for new in (4, 0):
-        lines = collect()
-        assert f'has 4, {new} of them new' in capsys.readouterr().out
-    assert [line['schedule'] for line in lines] == ['none', 'p8', 'p8-drop0.50', DYNAMIC]
-    assert lines[0]['command'] == ('python train.py --method moco --schedule none --budget 0.08 '
-                                   '--seed 0 --eval-every 1')
-    assert lines[0]['knn'] == 55.0 and lines[0]['samples'] == 20
-    assert [point['knn'] for point in lines[0]['curve']] == [30.0, 55.0]
-    assert lines[0]['strategies'] == {'p8': 1.0}
-
-    # scores of eval.py that come later replace the line
-    scores = stub / 'runs' / lines[0]['name'] / 'eval.jsonl'
-    scores.write_text('{"name": "linear", "score": 61.234}')
-    lines = collect()
-    assert len(lines) == 4 and lines[0]['eval'] == {'linear': 61.23}
+    reproduce.main(['collect'])
+    (stub / 'runs').rename(stub / 'elsewhere')
+    verdict('--seeds 0')
+    assert '4 runs are finished, 0 to do' in capsys.readouterr().out
 
 
-def test_eval_gives_each_run_the_scores_that_it_lacks(stub, monkeypatch):
-    """A stub of eval.py; one run has a linear score already."""
-    script = stub / 'stub_eval.py'
-    script.write_text("""
-import json, pathlib, sys
-protocol, flags = sys.argv[1], sys.argv[2:]
-weights = pathlib.Path(flags[flags.index('--weights') + 1])
-with weights.with_name('eval.jsonl').open('a') as file:
-    file.write(json.dumps(dict(name=protocol, score=50, flags=flags)) + chr(10))
-""")
-    monkeypatch.setattr(reproduce, 'EVAL', [sys.executable, str(script)])
-    headline('--seeds 0')
-    halfway = stub / 'runs' / 'shapes-moco-p8-0.08M-seed0'
-    (halfway / 'eval.jsonl').write_text('{"name": "linear", "score": 70, "flags": []}\n')
-    for _ in range(2):
-        headline('--seeds 0 --eval')
-    assert tables.scores_of(halfway) == {'linear': 70, 'finetune': 50}
-    for run in stub.glob('runs/*'):
-        lines = [json.loads(text) for text in (run / 'eval.jsonl').read_text().splitlines()]
-        assert [line['name'] for line in lines] == ['linear', 'finetune']
-        assert lines[1]['flags'][:2] == ['--limit', '10000']
-        assert '--limit' not in lines[0]['flags']
-
-
-def test_failure_is_one_line_and_cancels_the_rest(stub, capsys):
-    with pytest.raises(SystemExit):
-        headline('--seeds 1 0')
-    captured = capsys.readouterr()
-    assert captured.err == ('reproduce.py: error: shapes-moco-none-0.08M-seed1 failed: train.py: '
-                            'error: no such data (exit status 1; 0 stopped, 3 not begun)\n')
-    assert captured.out.count('trained') == 4               # seed 0 comes first
-
-
-def test_unfinished_runs_are_not_collected(stub, capsys):
-    headline('--seeds 0')
+def test_collecting_adds_lines_and_leaves_the_others_as_they_are(stub):
+    old = '{"name": "a run of the past", "schedule": "p8",   "budget": 1}'
+    (stub / 'runs.jsonl').write_text(old + '\n')
+    verdict('--seeds 0')
     log = stub / 'runs' / 'shapes-moco-p8-0.08M-seed0' / 'log.jsonl'
-    lines = log.read_text().splitlines()
-    log.write_text('\n'.join(lines[:-1]) + '\n{"step": 1, "progr')    # killed in the last line
-    assert len(collect()) == 3
+    log.write_text('\n'.join(log.read_text().splitlines()[:-1]) + '\n{"progr')    # killed
+    for _ in range(2):
+        reproduce.main(['collect'])
+        lines = (stub / 'runs.jsonl').read_text().splitlines()
+        assert lines[0] == old and len(lines) == 1 + 3
+    new = json.loads(lines[1])
+    assert new['name'] == 'shapes-moco-p8-0.08M-seed0-small' and new['views'] == 'small'
+    assert new['command'] == ('python train.py --method moco --schedule p8 --views small '
+                              '--budget 0.08 --seed 0 --eval-every 1')
+    assert (new['samples'], new['knn'], new['strategies']) == (20, 55.0, {'p8': 1.0})
+    assert [point['knn'] for point in new['curve']] == [30.0, 55.0]
+    assert [run['views'] for run in reproduce.load_results()] == ['full', 'small', 'full', 'small']
 
 
-def test_runs_that_two_studies_share_have_one_name():
-    """All four rows on two sets, 3 seeds at 0.08 and 0.32 M."""
-    one, other = [{run.name: run.flags() for run in reproduce.runs_of(study)}
-                  for study in ('headline', 'schedules')]
-    shared = one.keys() & other.keys()
-    assert len(shared) == 4 * 2 * (3 + 3)
-    assert all(one[name] == other[name] for name in shared)
+def test_a_run_that_fails_is_named_and_the_others_finish(stub, capsys):
+    with pytest.raises(SystemExit, match='4 of 8 failed'):
+        verdict('--seeds 1 0')
+    out = capsys.readouterr().out
+    assert 'shapes-moco-p8-0.08M-seed1: failed: train.py: error: no such data' in out
+    assert out.count('trained') == 4
 
 
-@pytest.mark.parametrize('study', reproduce.STUDIES)
-def test_commands_are_those_of_train_and_none_runs_twice(study):
-    runs = reproduce.runs_of(study)
-    assert len({run.name for run in runs}) == len(runs)
-    for run in runs:
-        args, _ = train.parse_args([*run.flags(), '--name', run.name])
-        assert (args.budget, args.seed, args.name) == (run.budget, run.seed, run.name)
+def test_a_search_that_is_missing_is_one_line(stub):
+    with pytest.raises(SystemExit, match='run it, then collect'):
+        reproduce.main(['run', 'judge'])
 
 
-def test_speed_leaves_out_the_first_lines_of_each_strategy():
-    """p8-drop0.50 spends 300 units at 10 a second, p8 as many at 30: 600 units in 40 s."""
-    def lines(query, units, seconds):
-        return [dict(query=query, units=u, seconds=s) for u, s in zip(units, seconds)]
+# ---- tables
 
-    steps = lines('p8-drop0.50', (100, 200, 250, 300), (60, 90, 95, 100))
-    steps += lines('p8', (360, 480, 540, 600), (170, 198, 200, 202))
-    assert reproduce.steady_speed(steps) == pytest.approx(600 / (30 + 10))
-    assert reproduce.steady_speed(steps[:4]) == pytest.approx(10)
+def test_small_and_full_views_are_compared_seed_by_seed():
+    """Gains of 1 and 3: 2 +- sqrt(2) / sqrt(2). Seed 5 has no partner."""
+    records = [record('p8', 0.08, seed, 50.0 + seed) for seed in (0, 1)]
+    records += [record('p8', 0.08, seed, knn, views='small')
+                for seed, knn in ((0, 51.0), (1, 54.0), (5, 99.0))]
+    assert '| p8 | 0.08 | +2.0 +- 1.0 (2) |  |  |' in reproduce.verdict_table(records)
 
 
-@pytest.mark.parametrize('command, message', [
-    ('run headline --jobs 0', 'argument --jobs: 0 must be at least 1'),
-    ('run headline --budgets 0', 'argument --budgets: 0 must be above 0'),
-    ('run headlines', "argument STUDY: invalid choice: 'headlines'"),
-    ('collect --results none.jsonl', "no finished run of a study below 'runs'"),
-    ('tables --results none.jsonl', "no results at 'none.jsonl'"),
-    ('tables --results empty.jsonl', "'empty.jsonl' holds no runs"),
-    ('tables --results stub.py', "'stub.py' is not a file of JSON lines"),
-])
-def test_errors_are_one_line(stub, capsys, command, message):
-    (stub / 'empty.jsonl').touch()
-    with pytest.raises(SystemExit):
-        reproduce.main(command.split())
-    error = capsys.readouterr().err
-    assert message in error and error.count('\n') == 1
+def test_the_table_of_runs_has_means_and_scores_of_eval():
+    records = [record('none', 0.32, seed, knn) for seed, knn in ((0, 50.0), (1, 52.0))]
+    records[0]['eval'] = dict(linear=60.0)
+    line = '| moco | none |  |  | 0.32 | 51.0 (2), LP 60.0 (1) |  |  |'
+    assert line in reproduce.score_table(records)
+
+
+def test_the_first_table_takes_the_chosen_recipes_once_they_are_judged(monkeypatch):
+    records = [record('none', 0.32, 0, 50.0), record('none', 0.32, 0, 55.0, variant='jitter2'),
+               record('p8', 0.32, 0, 70.0)]
+    base, fast = reproduce.sides(records, 'shapes')
+    assert (base[0.32][0]['knn'], fast[0.32][0]['knn']) == (55.0, 70.0)
+    monkeypatch.setattr(reproduce, 'chosen', lambda *key: 'batch64')
+    records += [record('none', 0.32, 0, 53.0, variant='batch64'),
+                record('p8', 0.32, 0, 71.0, variant='batch64', views='small')]
+    base, fast = reproduce.sides(records, 'shapes')
+    assert (base[0.32][0]['knn'], fast[0.32][0]['knn']) == (53.0, 71.0)
+
+
+def test_the_page_is_that_of_the_recorded_runs(tmp_path, monkeypatch):
+    page = (ROOT / 'experiments' / 'results' / 'README.md').read_text()
+    (tmp_path / 'runs.jsonl').write_text(reproduce.RESULTS.read_text())
+    monkeypatch.setattr(reproduce, 'RESULTS', tmp_path / 'runs.jsonl')
+    reproduce.main(['tables'])
+    assert (tmp_path / 'README.md').read_text() == page
+
+
+# ---- pictures
+
+def test_seen_pixels_give_the_tokens_of_the_large_patches():
+    """A kernel of 16 x 16 on the drawn pixels equals the resized kernel on the photo."""
+    photo = torch.rand(1, 3, 240, 240) * 0.2 + 0.4           # smooth enough to stay in [0, 1]
+    photo = F.avg_pool2d(photo, 5, stride=1, padding=2, count_include_pad=False)
+    kernel = torch.randn(4, 3, 16, 16)
+    drawn = pictures.seen(photo, Compression(48))
+    assert drawn.shape == (3, 80, 80)                        # 5 x 5 patches of 16 pixels
+    tokens = F.conv2d(drawn[None], kernel, stride=16)
+    expected = F.conv2d(photo, pi_resize(kernel, 48), stride=48)
+    torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-3)
+    share = (pictures.seen(photo, Compression(16, 0.75)) < 1).all(dim=0).float().mean()
+    assert share == 49 / 196
+
+
+def test_neighbours_are_the_nearest_and_other_classes_are_framed():
+    """Queries along two axes of the plane; near the first, one image is of another class."""
+    angles = torch.tensor([0.0, 0.1, 0.2, 0.3, 1.3, 1.4, 1.5, 1.62])
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    labels = torch.tensor([0, 0, 7, 0, 1, 1, 1, 1])
+    images = torch.arange(8).view(8, 1, 1, 1)
+    axes = pictures.Figure().subplots(2, 3)
+    pictures.draw_neighbours(axes, (torch.eye(2), labels[[0, 4]]), (features, labels, images), 'so')
+    drawn = [axis.images[0].get_array()[0, 0, 0] for axis in axes.flat]
+    framed = [axis.spines['left'].get_visible() for axis in axes.flat]
+    assert drawn == [0, 1, 2, 7, 6, 5]
+    assert framed == [False, False, True, False, False, False]
+    assert axes[0, 2].get_title() == 'so: 5 of 6 of the same class'
+
+
+def test_curves_say_how_much_sooner_the_lower_final_accuracy_is_reached(tmp_path):
+    """60 % is half way from 40 to 80: at 20 of 40 seconds, where the other takes 100."""
+    for name, points in (('slow', [(0, 30), (100, 60)]), ('fast', [(0, 40), (40, 80)])):
+        (tmp_path / name).mkdir()
+        lines = [dict(loss=1.0, strategy='p8')]
+        lines += [dict(seconds=x, units=3 * x, knn=y) for x, y in points]
+        text = ''.join(json.dumps(line) + '\n' for line in lines)
+        (tmp_path / name / 'log.jsonl').write_text(text)
+    figure = pictures.curves([tmp_path / 'slow', tmp_path / 'fast'])
+    texts = [axis.texts[-1].get_text() for axis in figure.axes]
+    assert texts == ['5.0 times fewer seconds', '5.0 times fewer units']
+
+
+@pytest.mark.parametrize('command', ['compression', 'headline', 'gradstats'])
+def test_pictures_are_written(command, tmp_path):
+    words = [command, '-o', str(tmp_path / 'picture.png')]
+    if command == 'gradstats':
+        words.append(str(ROOT / 'experiments' / 'results' / 'gradstats.jsonl'))
+    pictures.main(words)
+    assert (tmp_path / 'picture.png').read_bytes()[:4] == b'\x89PNG'
+
+
+# ---- lightly
+
+@pytest.mark.parametrize('plain', [True, False])
+def test_the_marked_lines_train_lightlys_loop(plain):
+    """Three steps; all parameters of the query side get a gradient, none of the key side."""
+    with_lightly = pytest.importorskip('with_lightly')
+    model = with_lightly.MoCo(plain, width=64, depth=1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(3):
+        loss = model(*torch.randn(2, 8, 3, 64, 64))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert 0 < loss < 12
+    assert all(p.grad is not None for p in (*model.vit.parameters(), *model.head.parameters()))
+    assert all(p.grad is None for p in model.key_vit.parameters())

@@ -1,8 +1,7 @@
-"""losses.py against lightly, naive loops, closed forms, and two processes against one."""
+"""losses.py against lightly, closed forms, loops by hand, and two processes against one."""
 import copy
 import math
 from collections import Counter
-from operator import itemgetter
 
 import pytest
 import torch
@@ -12,15 +11,13 @@ import torch.nn.functional as F
 from conftest import error
 from lightly.loss import DINOLoss, NTXentLoss
 from lightly.models.modules import DINOProjectionHead, MoCoProjectionHead
-from lightly.models.utils import update_momentum
-from methods import METHODS, STEPS, build, one_step, views_of, worker
-from torch._subclasses import FakeTensorMode
+from methods import METHODS, SIZES, STEPS, build, one_step, views_of, worker
+from timm.models import VisionTransformer
+from torchvision.models import resnet18
+from torchvision.transforms.v2.functional import resize
 
-import compress
-import vit
-from gradstats import unchanged
-from losses import (DINOHead, check_branches, dino_loss, ema_update, info_nce, mlp_head, monitors,
-                    nt_xent)
+from losses import (Branches, DINOHead, dino_loss, ema_update, info_nce, mlp_head, monitors,
+                    nt_xent, tiled)
 
 ONE = torch.ones(4, 8)
 EYE = torch.eye(8, dtype=torch.float64)
@@ -28,7 +25,7 @@ EYE = torch.eye(8, dtype=torch.float64)
 each_method = pytest.mark.parametrize('name', METHODS)
 
 
-# ---- losses
+# ---------------------------------------------------------------- losses
 
 @pytest.mark.parametrize('loss, features, temperature, expected', [
     (info_nce, torch.ones(4096, 8), 0.2, 0.4 * math.log(4096)),
@@ -40,19 +37,9 @@ def test_closed_forms(loss, features, temperature, expected):
     assert loss(features, features, temperature).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize('temperature', (0.07, 0.2, 1.0))
-def test_info_nce_equals_a_loop(temperature):
-    q, k = torch.randn(2, 6, 5, dtype=torch.float64)
-    k.requires_grad_()
-    total = 0
-    for i in range(6):
-        cosines = [F.cosine_similarity(q[i], key, dim=0) for key in k]
-        weights = [torch.exp(cosine / temperature) for cosine in cosines]
-        total -= torch.log(weights[i] / sum(weights))
-    expected = 2 * temperature * total / 6
-    loss = info_nce(q, k, temperature)
-    assert error(loss, expected) < 1e-14
-    assert not loss.requires_grad                             # keys are constants
+def test_keys_get_no_gradient():
+    keys = torch.randn(4, 8, requires_grad=True)
+    assert not info_nce(ONE, keys).requires_grad
 
 
 @pytest.mark.parametrize('temperature', (0.1, 0.5))
@@ -81,107 +68,27 @@ def test_dino_loss_and_center_equal_lightly():
         assert error(center, theirs.center.reshape(1, 64)) < 1e-6
 
 
-@pytest.mark.parametrize('student_temp', (0.1, 0.4))
-def test_small_logits_of_dino_change_by_correlation_times_ratio_of_temperatures(student_temp):
-    """Two noisy views of a pattern for each image. The student multiplies its own view by a scale.
-    The loss of small logits is quadratic in it, so two slopes tell the best one.
-    """
-    pattern, noise, other_noise = 1e-4 * torch.randn(3, 200, 16, dtype=torch.float64)
-    mine, theirs = (view - view.mean(dim=1, keepdim=True)
-                    for view in (pattern + noise, pattern + other_noise))
-    center = theirs.mean(dim=0, keepdim=True)
-    scale = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
-    losses = [dino_loss([mine, s * mine], [theirs], center, 0.04, student_temp) for s in scale]
-    at_0, at_1 = torch.autograd.grad(sum(losses), scale)[0]
-    foretold = (mine * (theirs - center)).sum() / mine.square().sum()      # about one half
-    assert error(at_0 / (at_0 - at_1), foretold * student_temp / 0.04) < 1e-3
-
-
-class SameLogits(nn.Module):
-    """A head that gives every image the same outputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.logits = nn.Parameter(1e-4 * torch.randn(1, 64, dtype=torch.float64))
-
-    def forward(self, x):
-        return self.logits.expand(len(x), -1)
-
-
-@pytest.mark.parametrize('center_momentum, grows', [(0.9, True), (0.8, False), (0.5, False)])
-def test_the_center_holds_the_mean_output_only_if_it_is_fast(center_momentum, grows):
-    """With m = 0.98 and G = 0.4 / 0.04, (1 - m) (G - 1) = 0.18. The student always has the outputs
-    of least loss, those whose softmax is the teacher's.
-    """
-    method = build('dino').double()
-    method.student_head, method.teacher_head = SameLogits(), SameLogits()
-    method.student_temp = 0.4
-    method.center_momentum = center_momentum
-    views = [view.double() for view in views_of('dino')]
-    teacher = method.teacher_head.logits.data
-    teacher -= teacher.mean()
-    size = teacher.norm()
-    for _ in range(100):
-        targets = F.log_softmax((teacher - method.center) / 0.04, dim=1)
-        method.student_head.logits.data = 0.4 * (targets - targets.mean())
-        loss, _ = method(views)
-        assert torch.autograd.grad(loss, method.student_head.logits)[0].abs().max() < 1e-12
-        method.update_teacher(0.98)
-    assert (teacher.norm() > size) == grows
-
-
 def test_autocast_does_not_change_a_loss():
     q, k = torch.randn(2, 8, 16)
-    for loss in (info_nce, nt_xent):
+    for loss in (info_nce, nt_xent, lambda q, k: dino_loss([q, k], [k], k[:1], 0.04)):
         plain = loss(q, k)
         with torch.autocast('cpu', torch.bfloat16):
             assert torch.equal(loss(q, k), plain)
 
 
-# ---- heads, the EMA copy, monitors
+# ---------------------------------------------------------------- heads and monitors
 
-def test_heads_have_the_papers_sizes():
-    """MoCo-v3's and its predictor for ViT-S, SLIP's for ViT-B, DINO's for ViT-S."""
-    with torch.device('meta'):
-        heads = [
-            mlp_head((384, 4096, 4096, 256), False, True),
-            mlp_head((256, 4096, 256), False, True),
-            mlp_head((768, 4096, 4096, 256), True, False),
-            DINOHead(384),
-        ]
-    sizes = [sum(p.numel() for p in head.parameters()) for head in heads]
-    assert sizes == [19_415_040, 2_105_344, 20_996_352, 22_286_592]
-
-
-def test_dino_head_equals_lightly():
-    ours = DINOHead(384, out_dim=512)
-    theirs = DINOProjectionHead(384, output_dim=512)
-    theirs.layers.load_state_dict(ours.mlp.state_dict())
-    theirs.last_layer.weight_v.data = ours.last_layer.weight.data
-    x = torch.randn(4, 384)
-    assert error(ours(x), theirs(x)) < 1e-6
-
-
-def test_moco_head_equals_lightly():
-    """Its last BatchNorm has no affine part, lightly's is 1 and 0 at its start."""
-    ours = mlp_head((32, 64, 64, 16), bias=False, last_norm=True)
-    theirs = MoCoProjectionHead(32, 64, 16, num_layers=3, batch_norm=True)
-    theirs.layers.load_state_dict(ours.state_dict(), strict=False)
+def test_heads_equal_lightly():
+    """The last BatchNorm of MoCo's has no affine part, lightly's is 1 and 0 at its start."""
+    dino, moco = DINOHead(32, 64, 16, 48), mlp_head((32, 64, 64, 16), False, True)
+    lightly_dino = DINOProjectionHead(32, 64, 16, 48)
+    lightly_dino.layers.load_state_dict(dino.mlp.state_dict())
+    lightly_dino.last_layer.weight_v.data = dino.last_layer.weight.data
+    lightly_moco = MoCoProjectionHead(32, 64, 16, num_layers=3, batch_norm=True)
+    lightly_moco.layers.load_state_dict(moco.state_dict(), strict=False)
     x = torch.randn(50, 32)
-    assert error(ours(x), theirs(x)) < 1e-6
-
-
-def test_ema_equals_lightly_and_skips_buffers():
-    student = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    ours = copy.deepcopy(student)
-    theirs = copy.deepcopy(student)
-    nn.init.normal_(student[0].weight)
-    student(torch.randn(8, 4) + 3)                            # moves the running mean
-    ema_update(ours, student, 0.9)
-    update_momentum(student, theirs, 0.9)
-    for a, b in zip(ours.parameters(), theirs.parameters()):
-        assert error(a, b) < 1e-7
-    assert ours[1].running_mean.abs().max() == 0
+    assert error(dino(x), lightly_dino(x)) < 1e-6
+    assert error(moco(x), lightly_moco(x)) < 1e-6
 
 
 def test_monitors():
@@ -195,84 +102,117 @@ def test_monitors():
     assert error(negative, cosines[~torch.eye(6, dtype=torch.bool)].mean()) < 1e-6
 
 
-# ---- which branch sees what
+# ---------------------------------------------------------------- which branch sees what
 
 class Recorder(nn.Module):
-    """An encoder that writes down, per image, (side, patch size, drop rate, with gradient)."""
+    """An encoder that writes down, per image, (side, arguments of the call, with gradient)."""
     embed_dim = 48
-    calls = []
 
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, x, patch_size, drop_rate, generator):
-        call = (x.shape[-1], patch_size, drop_rate, torch.is_grad_enabled())
-        self.calls.extend([call] * len(x))
+    def forward(self, x, *strategy):
+        CALLS.extend([(x.shape[-1], strategy, torch.is_grad_enabled())] * len(x))
         return F.adaptive_avg_pool2d(x, 4).flatten(1) * self.scale
 
 
-QUERIES_AND_KEYS = {                                          # the views that each branch sees
-    'moco': ([0], [1]),
-    'moco, both directions': ([0, 1], [0, 1]),
-    'simclr': ([0], [1]),
-    'dino': ([0, 1, 2, 3], [0, 1]),
+CALLS = []
+PASSES = {
+    'moco': 'query 0, key 1',
+    'moco, both directions': 'query 0, key 1, query 1, key 0',
+    'simclr': 'query 0, key 1',
+    'dino': 'query 0, query 1, query 2, query 3, key 0, key 1',
 }
 
 
-@pytest.mark.parametrize('patch_branch, drop_branch, key', [
-    ('both', 'query', (8, 0.0)),
-    ('both', 'both', (8, 0.5)),
-    ('query', 'query', (None, 0.0)),
-    ('query', 'both', (None, 0.5)),
+@pytest.mark.parametrize('patch_size, drop_rate, branches, key', [
+    (8, 0.5, dict(), (8, 0.0, None)),
+    (8, 0.5, dict(drop_branch='both'), (8, 0.5, None)),
+    (8, 0.5, dict(patch_branch='query', drop_branch='both'), (None, 0.5, None)),
+    (8, 0.5, dict(patch_branch='query'), ()),
+    (None, 0.0, dict(), ()),                                  # images alone, for any encoder
 ])
 @pytest.mark.parametrize('title', STEPS)
-def test_passes_are_the_calls_of_the_encoder(title, patch_branch, drop_branch, key):
-    """By hand, as .passes() lists them, and as a forward makes them.
-
-    The views of the two branches differ in side, so that the side tells which was seen.
-    """
-    queries, keys = QUERIES_AND_KEYS[title]
-    grad = title == 'simclr'
-    by_hand = [(view, 'query', 8, 0.5, True) for view in queries]
-    by_hand += [(view, 'key', *key, grad) for view in keys]
-
+def test_passes_and_compression_are_the_calls(title, patch_size, drop_rate, branches, key):
+    """Views of different sides tell which was seen; DINO joins those of one side."""
     name = title.split(',')[0]
-    options = dict(STEPS[title], drop_branch=drop_branch, patch_branch=patch_branch)
-    method = build(name, Recorder(), **options)
-    fields = itemgetter('view', 'branch', 'patch_size', 'drop_rate', 'grad')
-    listed = map(fields, method.passes(8, 0.5))
-    assert Counter(listed) == Counter(by_hand)
-
-    sides = dict(query=[16, 20], key=[24, 28])
-    if name == 'dino':                                        # which joins views of one side
-        sides = dict(query=[16, 16, 8, 8], key=[24, 24])
-    views = [torch.randn(2, 3, side, side) for side in sides['query']]
-    key_views = [torch.randn(2, 3, side, side) for side in sides['key']]
-    Recorder.calls.clear()
-    method(views, 8, 0.5, key_views=key_views)
-    expected = [(sides[branch][view], *rest) for view, branch, *rest in by_hand]
-    assert Counter(Recorder.calls) == Counter(expected * 2)
+    sides = [16, 16, 8, 8] if name == 'dino' else [16, 24]
+    method = build(name, Recorder(), **STEPS[title], **branches)
+    CALLS.clear()
+    method([torch.randn(2, 3, side, side) for side in sides], patch_size, drop_rate)
+    strategies = dict(query=(patch_size, drop_rate, None) if patch_size else (), key=key)
+    listed = []
+    for branch, view, trains, _ in method.passes():
+        listed += 2 * [(sides[view], strategies[branch], trains)]
+        compression = method.compression(branch, patch_size, drop_rate)
+        assert compression == (strategies[branch] or (None, 0.0))[:2]
+    assert Counter(CALLS) == Counter(listed)
+    assert ', '.join(f'{branch} {view}' for branch, view, *_ in method.passes()) == PASSES[title]
 
 
-def test_moco_is_the_algorithm_box():
-    """k from the teacher and its projector, q from the student, its projector and the predictor.
+def test_a_query_that_its_patches_do_not_tile_is_resized():
+    """A picture of 224 px in patches of 30 becomes one of 210; the key stays as it is."""
+    CALLS.clear()
+    build('moco', Recorder(), patch_branch='query')(views_of('moco', 2), 6)
+    assert CALLS[::2] == [(18, (6, 0.0, None), True), (16, (), False)]
+    images = torch.randn(2, 3, 224, 100)
+    assert error(tiled(images, 30), resize(images, [210, 90], antialias=True)) < 1e-6
+    assert tiled(images, 4) is images
 
-    The symmetric loss is the sum of both directions.
-    """
-    method = build('moco')
-    for parameter in method.teacher_projector.parameters():   # so that the branches differ
-        nn.init.normal_(parameter)
 
-    def direction(x1, x2):
-        q = method.predictor(method.projector(method.student(x1)))
-        k = method.teacher_projector(method.teacher(x2))
-        return info_nce(q, k)
+def resnet():
+    encoder = resnet18()
+    encoder.fc = nn.Identity()
+    encoder.embed_dim = 512
+    return encoder
 
+
+def timm_vit():
+    return VisionTransformer(**SIZES, num_classes=0, dynamic_img_size=True)
+
+
+@pytest.mark.parametrize('encoder', (resnet, timm_vit))
+@each_method
+def test_any_encoder_with_an_embed_dim_trains(name, encoder):
+    """A step, and all weights of the encoder have moved."""
+    method = build(name, encoder())
+    before = copy.deepcopy(method.student)
+    loss, _ = method(views_of(name))
+    loss.backward()
+    torch.optim.Adam(method.parameters()).step()
+    for old, new in zip(before.parameters(), method.student.parameters()):
+        assert new.isfinite().all() and not torch.equal(old, new)
+
+
+# ---------------------------------------------------------------- each method by hand
+
+@pytest.mark.parametrize('symmetric', (False, True))
+def test_three_steps_of_moco_v3_by_hand(symmetric):
+    """The algorithm box: q from student, projector and predictor, k from the EMA copies."""
+    method = build('moco', temperature=0.5, symmetric=symmetric)
+    f, g, h = map(copy.deepcopy, (method.student, method.projector, method.predictor))
+    fast = nn.Sequential(f, g)
+    slow = copy.deepcopy(fast)
+    optimizers = [torch.optim.SGD(method.parameters(), 0.1),
+                  torch.optim.SGD([*fast.parameters(), *h.parameters()], 0.1)]
     x1, x2 = views_of('moco')
-    assert error(method([x1, x2])[0], direction(x1, x2)) < 1e-6
-    method.symmetric = True
-    assert error(method([x1, x2])[0], direction(x1, x2) + direction(x2, x1)) < 1e-6
+    for _ in range(3):
+        by_hand = 0
+        for x, y in [(x1, x2), (x2, x1)][:1 + symmetric]:
+            q = F.normalize(h(fast(x)))
+            with torch.no_grad():
+                k = F.normalize(slow(y))
+            by_hand += 2 * 0.5 * F.cross_entropy(q @ k.T / 0.5, torch.arange(8))
+        loss, _ = method([x1, x2])
+        assert error(loss, by_hand) < 1e-6
+        for total, optimizer in zip((loss, by_hand), optimizers):
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+        method.update_teacher(0.9)
+        for a, b in zip(slow.parameters(), fast.parameters()):
+            a.data = 0.9 * a.data + 0.1 * b.data
 
 
 def test_dino_equals_its_official_form_view_by_view():
@@ -293,19 +233,27 @@ def test_dino_equals_its_official_form_view_by_view():
     assert error(method.center, 0.9 * center + 0.1 * teacher.mean(dim=0)) < 1e-6
 
 
-def test_dino_over_training():
+def test_dino_clips_each_gradient_and_lets_the_last_layer_rest():
+    """For the first 1 % of training; the teacher's temperature rises for 30 %."""
     method = build('dino')
-    for progress, temperature in {0: 0.04, 0.15: 0.055, 0.3: 0.07, 1: 0.07}.items():
+    trained = [p for p in method.parameters() if p.requires_grad]
+    last = method.student_head.last_layer.weight
+    for progress, temperature in {0: 0.04, 0.009: 0.0409, 0.15: 0.055, 1: 0.07}.items():
         method.set_progress(progress)
         assert method.teacher_temp == pytest.approx(temperature)
-    method.set_progress(0.01)
-    assert method.frozen() == []
-    method.set_progress(0.009)
-    frozen, = method.frozen()
-    assert frozen is method.student_head.last_layer.weight
+        for i, parameter in enumerate(trained):
+            parameter.grad = torch.randn_like(parameter) * 10 ** (i % 3 - 1)
+        expected = copy.deepcopy([p.grad for p in trained])
+        method.before_step()
+        for parameter, gradient in zip(trained, expected):
+            if parameter is last and progress < 0.01:
+                assert last.grad is None                      # an optimizer leaves it alone
+            else:
+                gradient *= min(1, 3 / (gradient.norm() + 1e-6))
+                assert error(parameter.grad, gradient) < 1e-6
 
 
-# ---- what a step changes
+# ---------------------------------------------------------------- what a step changes
 
 @each_method
 def test_the_gradient_reaches_the_student_alone(name):
@@ -319,41 +267,28 @@ def test_the_gradient_reaches_the_student_alone(name):
 
 
 @each_method
-def test_a_forward_changes_only_what_it_overwrites(name):
-    """BatchNorm's statistics and DINO's batch mean: no weight, no center. `unchanged` undoes it."""
-    method = build(name)
-    tensors = {**dict(method.named_parameters()), **dict(method.named_buffers())}
-    before = copy.deepcopy(tensors)
-
-    def changed():
-        titles = [title for title in tensors if not torch.equal(tensors[title], before[title])]
-        return {title.split('.')[-1] for title in titles}
-
-    with unchanged(method):
-        loss, _ = method(views_of(name), 8, 0.5)
-        loss.backward()
-        batch_norm = {'running_mean', 'running_var', 'num_batches_tracked'}
-        assert changed() == ({'batch_center'} if name == 'dino' else batch_norm)
-    assert changed() == set()
-
-
-@each_method
-def test_update_teacher(name):
-    """The student moved by 1: with momentum 0.75, all of the teacher moves by 0.25.
-
-    DINO exports the teacher, the others the student.
+def test_only_update_teacher_moves_the_teacher(name):
+    """A forward changes BatchNorm's statistics and DINO's batch mean, no weight. When the student
+    has moved by 1, momentum 0.75 moves the weights of the teacher by 0.25.
     """
     method = build(name)
-    before = copy.deepcopy(method)
-    with torch.no_grad():
-        for parameter in method.parameters():
-            parameter += parameter.requires_grad
+    before = copy.deepcopy(method.state_dict())
+    method(views_of(name), 8, 0.5)
+    changed = {title.split('.')[-1] for title, value in method.state_dict().items()
+               if not torch.equal(value, before[title])}
+    statistics = {'running_mean', 'running_var', 'num_batches_tracked'}
+    assert changed == (set() if name == 'dino' else statistics)
+
+    for parameter in method.parameters():
+        parameter.data += parameter.requires_grad
+    before = copy.deepcopy(method.state_dict())
     method.update_teacher(0.75)
-    for (title, old), new in zip(before.named_parameters(), method.parameters()):
-        if title.startswith('teacher') and not title.endswith('pos_embed'):
-            assert error(new, old + 0.25) < 1e-6
-        else:
-            assert torch.equal(new, old + new.requires_grad)
+    weights = dict(method.named_parameters())
+    for title, new in method.state_dict().items():
+        if title in weights and title.startswith('teacher') and not title.endswith('pos_embed'):
+            assert error(new, before[title] + 0.25) < 1e-6
+        elif title != 'center':
+            assert torch.equal(new, before[title])
     assert method.encoder is (method.teacher if name == 'dino' else method.student)
 
 
@@ -369,95 +304,39 @@ def test_chance_loss_of_equal_features(name):
     by_hand = dict(moco=0.4 * math.log(8), simclr=math.log(15), dino=math.log(64))[name]
     assert method.chance_loss(8) == pytest.approx(by_hand)
     assert method(views)[0].item() == pytest.approx(by_hand, abs=1e-5)
-    if name == 'moco':
-        method.symmetric = True
-        assert method.chance_loss(8) == pytest.approx(2 * by_hand)
 
 
-# ---- precision and devices
-
-@each_method
-def test_losses_stay_float32_under_bfloat16_autocast(name):
-    method = build(name)
-    with torch.autocast('cpu', torch.bfloat16):
-        loss, metrics = method(views_of(name), 8, 0.5)
-    loss.backward()
-    assert loss.isfinite()
-    for value in (loss, *metrics.values()):
-        assert value.dtype == torch.float32
-
-
-@pytest.fixture
-def no_cached_matrices():
-    """Fake matrices must not stay in the caches, nor real ones be found there."""
-    def clear():
-        compress.resize_matrix.cache_clear()
-        compress._pi_matrix.cache_clear()
-        vit.table_on.cache_clear()
-
-    clear()
-    yield
-    clear()
-
-
-@each_method
-def test_no_tensor_is_left_on_the_cpu(name, no_cached_matrices):
-    """Fake tensors on a GPU that is not there complain of a tensor made on another device."""
-    method = build(name)
-    shapes = [view.shape for view in views_of(name)]
-    generator = torch.Generator('cpu')
-    with FakeTensorMode(), torch.device('cuda'):
-        for module in method.modules():
-            for key, p in list(module.named_parameters(recurse=False)):
-                setattr(module, key, nn.Parameter(torch.empty(p.shape), p.requires_grad))
-            for key, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, key, torch.empty(buffer.shape, dtype=buffer.dtype))
-        views = [torch.empty(shape) for shape in shapes]
-        for patch_size, drop_rate in ((4, 0.0), (8, 0.5)):
-            loss, metrics = method(views, patch_size, drop_rate, generator)
-            for value in (loss, *metrics.values()):
-                assert value.device.type == 'cuda'
-        method.update_teacher(0.99)
-
-
-# ---- two processes against one
+# ---------------------------------------------------------------- two processes against one
 
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp('processes')
     torch.multiprocessing.spawn(worker, (2, str(folder)), nprocs=2)
-    return torch.load(folder / 'results.pt')
+    return [torch.load(folder / f'{rank}.pt') for rank in (0, 1)]
 
 
 @pytest.mark.parametrize('title', STEPS)
 def test_two_processes_equal_one(title, two_processes):
     """Means over the processes, in float64: those of one process on the joined batch."""
-    for one, two in zip(one_step(title), two_processes[title]):
-        assert (one - two).norm() <= 1e-13 * one.norm()
+    for results in two_processes:
+        for one, two in zip(one_step(title), results[title]):
+            assert (one - two).norm() <= 1e-13 * one.norm()
 
 
-# ---- arguments out of range
+def test_gather_returns_the_gradient_of_every_process(two_processes):
+    """Row i has the weight i in the sum of process 0, and 10 i in that of process 1."""
+    assert two_processes[0]['gather'] == ([0, 0, 1, 1], [0, 11])
+    assert two_processes[1]['gather'] == ([0, 0, 1, 1], [22, 33])
 
-def moco_at(temperature):
-    return build('moco', temperature=temperature)(views_of('moco'))
 
-
-def update(name, momentum):
-    build(name).update_teacher(momentum)
-
+# ---------------------------------------------------------------- arguments out of range
 
 @pytest.mark.parametrize('function, arguments, message', [
     (info_nce, (ONE, ONE, 0), 'temperature 0 must be above 0'),
-    (check_branches, ('query', 'key'), "branch 'key' is not one of query, both"),
-    (info_nce, (ONE, ONE, math.nan), 'temperature nan'),
     (info_nce, (ONE, ONE[:3]), r'shapes \(4, 8\) and \(3, 8\)'),
-    (nt_xent, (ONE, ONE, -0.1), 'temperature -0.1'),
-    (nt_xent, (ONE, ONE[:, :3]), r'shapes \(4, 8\) and \(4, 3\)'),
     (dino_loss, ([ONE], [ONE], ONE[:1], 0), 'temperatures 0 and 0.1'),
-    (dino_loss, ([ONE], [ONE], ONE[:1], 0.04, math.nan), 'temperatures 0.04 and nan'),
-    (moco_at, (math.nan,), 'temperature nan'),
-    (update, ('moco', 1.5), 'momentum 1.5'),
-    (update, ('dino', math.nan), 'momentum nan'),
+    (ema_update, (nn.Linear(1, 1), nn.Linear(1, 1), 1.5), 'momentum 1.5'),
+    (Branches, (nn.Identity(), 'query', 'key'), 'query and key are not query or both'),
 ])
 def test_arguments_out_of_range(function, arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -1,416 +1,499 @@
-"""train.py: what a run computes. What happens to its folder is in test_runs.py."""
-import copy
+"""A run from its flags to its end: what a step does, what it costs, how it stops and goes on."""
+import argparse
 import json
 import math
-import re
-import shlex
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 import timm
 import torch
-from conftest import SMALL, log_of, steps_of, torchrun
+from conftest import ROOT, SMALL, error, log_of, steps_of, torchrun
+from PIL import Image
 
-import pictures
-import reproduce
 import train
 from compress import Compression
-from data import batch_keys, load
-from losses import DINO, dino_loss
-from views import keyed_generator, make_views, normalize, recipe
-from vit import ViT
-from weights import read
-
-CURVES = pictures.curves_of_run
-STAGES = 'p8-drop0.50@0,p4@0.6'
+from gradstats import flat_gradient
+from images.views import keyed_generator
+from schedule import cosine
+from vit import ViT, load_backbone, read
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Drawing takes longer than training here; one test does it."""
-    monkeypatch.setattr(pictures, 'curves_of_run', lambda folder: None)
+def started(*flags, root, checkpoint=None):
+    """A run that is set up and has not begun."""
+    args, _ = train.parse_args([*SMALL, '--data-root', str(root), *map(str, flags)])
+    return train.set_up(args, checkpoint)
 
 
-def without_time(lines):
-    return [{name: value for name, value in line.items() if 'seconds' not in name}
-            for line in lines]
+def weights_of(folder):
+    """All tensors of a checkpoint's method, and its state without the clocks."""
+    checkpoint = read(folder / 'checkpoint.pt')
+    clocks = ('seconds', 'waiting', 'events')
+    state = {name: value for name, value in checkpoint['state'].items() if name not in clocks}
+    return checkpoint['method'], state
 
 
-def same(a, b):
-    """Equal to the last bit: tensors, or containers and plain values with tensors in them."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+def assert_equal_runs(a, b):
+    """To the last bit: weights, what is left of the state, losses and scores."""
+    (weights, state), (others, other_state) = weights_of(a), weights_of(b)
+    assert state == other_state
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    kept = ('step', 'loss', 'units', 'knn', 'strategy')
+    lines = [[{name: line.get(name) for name in kept} for line in log_of(x)] for x in (a, b)]
+    assert lines[0] == lines[1]
 
 
-def assert_same_run(a, b):
-    """Two run folders with the same weights, optimizer, state and lines, but for the seconds."""
-    one = read(a / 'checkpoint.pt')
-    other = read(b / 'checkpoint.pt')
-    assert same(one['method'], other['method'])
-    assert same(one['optimizer'], other['optimizer'])
-    states = without_time([one['state'], other['state']])
-    assert states[0] == states[1]
-    assert without_time(log_of(a)) == without_time(log_of(b))
-    assert rows_of(a) == rows_of(b)
+@pytest.fixture(scope='session')
+def photos(tmp_path_factory):
+    """Two classes of 30 pictures of several sizes, and one that cannot be read."""
+    root = tmp_path_factory.mktemp('photos with a blank')
+    for i in range(60):
+        folder = root / ('cat', 'dog')[i % 2]
+        folder.mkdir(exist_ok=True)
+        picture = torch.rand(60 + i % 3, 80, 3, generator=keyed_generator(i)) * 255
+        Image.fromarray(picture.byte().numpy()).save(folder / f'{i}.jpg')
+    (root / 'cat' / 'broken.jpg').write_bytes(b'no picture')
+    return root
 
 
-def rows_of(folder):
-    path = folder / 'gradstats.jsonl'
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+# ---------------------------------------------------------------- a step
+
+@pytest.mark.parametrize('flags', [
+    ('--method', 'simclr'), ('--method', 'dino', '--local-crops', 2),
+    ('--symmetric', '--patch-branch', 'query'), ('--drop-branch', 'both', '--views', 'full'),
+    ('--freeze-patch-embed', '--lr-schedule', 'polynomial', '--schedule', 'p4@0,p8-drop0.25@0.5')])
+def test_every_variant_trains(run, flags):
+    folder = run(*flags, '--budget', 0.001, '--name', 'a') / 'a'
+    losses = [line['loss'] for line in steps_of(folder)]
+    assert len(losses) > 5 and all(map(math.isfinite, losses))
 
 
-# ---------------------------------------------------------------- every method and strategy
+def test_one_step_of_moco_by_hand(run, tiny_fashion):
+    """The loss, AdamW's step and the teacher's, written out beside the first step of a run."""
+    flags = ('--schedule', 'p8-drop0.50', '--warmup', 0, '--budget', 0.000014)
+    saved = run(*flags, '--name', 'a', '--eval-every', 0) / 'a'
+    ours = started(*flags, '--name', 'b', root=tiny_fashion)
+    method, tau = ours.method, Compression(8, 0.5)
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    ids = torch.randperm(320, generator=keyed_generator(0, 'order', 0))[:16]
+    views = train.views_of(ours, ours.data.pixels['train'][ids], tau, 0)
+    loss, _ = method(views, None, 0.5, keyed_generator(0, 0, 0, 'tokens'))
+    gradients = torch.autograd.grad(loss, ours.parameters)
+    assert loss.item() == pytest.approx(steps_of(saved)[0]['loss'], abs=1e-6)
 
-UNCOMPRESSED = dict(moco=4.043, simclr=6.009, dino=10.666)      # units a sample, heads included
+    after, _ = weights_of(saved)
+    lr = 2e-3 * 16 / 256
+    named = {name: p for name, p in method.named_parameters() if p.requires_grad}
+    for (name, p), g in zip(named.items(), gradients):
+        # Adam's first step is lr g / (|g| + eps), after a decay of 0.1 lr
+        wanted = before[name] * (1 - 0.1 * lr) - lr * g / (g.abs() + 1e-8)
+        assert error(after[name], wanted) < 1e-6, name
+        slow = name.replace('student', 'teacher').replace('projector', 'teacher_projector')
+        if slow in after and slow != name:
+            wanted = 0.99 * before[slow] + 0.01 * after[name]
+            assert error(after[slow], wanted) < 1e-6, slow
 
-
-@pytest.mark.parametrize('method', UNCOMPRESSED)
-@pytest.mark.parametrize('strategy', ('p4', 'p4-drop0.50', 'p8', 'p8-drop0.50'))
-def test_every_combination_trains_and_resumes(run, method, strategy):
-    """16 px at patch 4 are 16 patches, at patch 8 four, and dropout halves them: 16, 8, 4, 2.
-
-    MoCo pays 3 for the query and 1 for the key, SimCLR 3 + 3. A batch of 16 spends 16 times that.
-    """
-    flags = ['--method', method, '--schedule', strategy, '--budget', 0.0008, '--eval-every', 0]
-    runs = run(*flags, '--name', 'a', '--max-steps', 2)
-    run('--resume', runs / 'a', small=False)
-    lines = steps_of(runs / 'a')
-    cost = lines[0]['units'] / 16
-    assert [line['step'] for line in lines] == list(range(1, len(lines) + 1))
-    assert lines[-1]['units'] >= 800 > lines[-2]['units']
-    patches = {'p4': 16, 'p4-drop0.50': 8, 'p8': 4, 'p8-drop0.50': 2}
-    assert lines[0]['query'] == strategy and lines[0]['tokens'] == 1 + patches[strategy]
-    if strategy == 'p4':
-        assert cost == pytest.approx(UNCOMPRESSED[method], rel=1e-3)
-    else:
-        assert cost < 0.9 * UNCOMPRESSED[method]
-    assert all(math.isfinite(line['loss']) for line in lines)
-
-
-def test_what_a_run_leaves(run, monkeypatch):
-    monkeypatch.setattr(pictures, 'curves_of_run', CURVES)
-    runs = run('--budget', 0.001, '--schedule', 'p8@0,p4@0.5')
-    folder = runs / 'moco-fashion_mnist-0'
-    files = {path.name for path in folder.iterdir()}
-    assert files == {'args.json', 'log.jsonl', 'checkpoint.pt', 'backbone.pt', 'curves.png'}
-    steps = steps_of(folder)
-    wanted = ('step progress units samples loss lr momentum query key tokens seconds seconds_data '
-              'feature_spread positive_similarity negative_similarity')
-    assert set(wanted.split()) <= set(steps[0])
-    assert [line['query'] for line in (steps[0], steps[-1])] == ['p8', 'p4']
-    scores = [line for line in log_of(folder) if 'knn' in line]
-    assert [score['step'] for score in scores] == [0, steps[-1]['step']]
-    assert json.loads((folder / 'args.json').read_text())['schedule'] == 'p8@0,p4@0.5'
-    run('--budget', 0.0001)                           # a second run does not touch the first
-    assert (runs / 'moco-fashion_mnist-1').is_dir()
-
-
-def test_timm_loads_the_backbone(run):
-    runs = run('--budget', 0.0005, '--schedule', 'p8', '--name', 'a', '--eval-every', 0)
-    saved = read(runs / 'a' / 'backbone.pt')
-    model = timm.models.VisionTransformer(img_size=16, patch_size=4, in_chans=1, embed_dim=32,
-                                          depth=1, num_heads=1, num_classes=0)
-    model.load_state_dict(saved['model'])
-    images = torch.rand(2, 1, 16, 16)
-    ours = ViT(**saved['config'])
-    ours.load_state_dict(saved['model'])
-    assert torch.allclose(model(images), ours(images), atol=1e-5)
-
-
-@pytest.mark.parametrize('flags, message', [
-    (['--method', 'moco'], '(default: 0.99)'),
-    (['--method', 'simclr'], '(default: 0.1)'),
-    (['--method', 'dino'], '(default: 0.98)'),
-])
-def test_help_shows_the_defaults_and_fits_80_columns(flags, message, capsys, monkeypatch):
-    monkeypatch.setattr('sys.argv', ['train.py'])
-    with pytest.raises(SystemExit):
-        train.main([*flags, '--help'])
-    text = capsys.readouterr().out
-    assert message in text
-    assert [line for line in text.splitlines() if len(line) > 80] == []
-
-
-# ---------------------------------------------------------------- the clock and the curves
 
 def test_curves_follow_progress(run):
-    """MoCo: lr 0.0016 x 16 / 256 = 1e-4 at its peak; momentum from 0.9 to 1 by half a cosine."""
-    runs = run('--budget', 0.002, '--schedule', 'none', '--warmup', 0.1, '--lr', 0.0016,
-               '--lr-schedule', 'polynomial', '--momentum', 0.9, '--name', 'a', '--eval-every', 0)
-    progress = 0.0
-    for line in steps_of(runs / 'a'):
-        risen = min(1, progress / 0.1)
-        falling = 1 - (max(0, progress - 0.1) / 0.9) ** 2
-        assert line['lr'] == pytest.approx(1e-4 * risen * falling, abs=1e-12)
-        momentum = 1 - 0.1 * 0.5 * (1 + math.cos(math.pi * progress))
-        assert line['momentum'] == pytest.approx(momentum)
-        progress = line['progress']
+    lines = steps_of(run('--schedule', 'p8', '--budget', 0.003, '--name', 'a') / 'a')
+    cost = lines[0]['units']
+    for line in lines:
+        p = (line['units'] - cost) / 3000
+        warm = min(1, p / 0.1) * cosine(max(0, p - 0.1) / 0.9)
+        assert line['lr'] == pytest.approx(2e-3 * 16 / 256 * warm)
+        assert line['momentum'] == pytest.approx(1 - 0.01 * cosine(p))
+        assert line['tokens'] == 1 + 4 and line['strategy'] == 'p8'
 
 
-def test_clip_each_clips_each_tensor_alone():
-    parameters = []
-    for norm in (6.0, 4.0, 1.0):
-        parameters.append(torch.nn.Parameter(torch.zeros(4)))
-        parameters[-1].grad = torch.full((4,), norm / 2)
-    train.clip_each(parameters, 3.0)
-    norms = [round(parameter.grad.norm().item(), 4) for parameter in parameters]
-    assert norms == [3, 3, 1]
+def test_a_sample_of_moco_costs_query_3_and_key_1(tiny_fashion, tmp_path, monkeypatch):
+    """Uncompressed, without heads; images need no gradient. Symmetric: twice that."""
+    monkeypatch.chdir(tmp_path)
+    for flags, factor in (((), 1), (('--symmetric',), 2)):
+        run = started('--hidden', 1, '--out-dim', 1, '--arch', '64,12,1', *flags, root=tiny_fashion)
+        assert run.cost[Compression(4)] == pytest.approx(4 * factor, rel=0.005)
 
 
-# ---------------------------------------------------------------- DINO, step by step
-
-def dino_by_hand(data, progress, world):
-    """DINO's weights after len(progress) steps, written out for `world` processes.
-
-    It takes the loop's data and draws, and does by hand AdamW with its two groups, clipping by
-    tensor, the resting last layer, the teacher, the center, and every curve.
-    """
-    torch.manual_seed(0)
-    encoder = ViT(img_size=16, patch_size=4, in_chans=1, embed_dim=32, depth=1, num_heads=1)
-    method = DINO(encoder, hidden=32, out_dim=32, local_crops=2)
-    trained = {name: p for name, p in method.named_parameters() if p.requires_grad}
-    orders = [batch_keys(len(data), 16, 0, 0, rank, world) for rank in range(world)]
-    center = torch.zeros(1, 32)
-    moments = {name: (0.0, 0.0, 0) for name in trained}
-    for step, p in enumerate(progress):
-        falls = 0.5 * (1 + math.cos(math.pi * p))     # from 1 to 0
-        rate = p / 0.1 if p < 0.1 else 0.5 * (1 + math.cos(math.pi * (p - 0.1) / 0.9))
-        lr = 1e-3 * 16 / 256 * rate
-        decay = 0.4 + (0.04 - 0.4) * falls
-        temperature = 0.04 + 0.03 * min(1, p / 0.3)
-        gradients, logits = [], []
-        for rank in range(world):
-            images = data.images[[index for _, index in next(orders[rank])]]
-            loss, teacher = dino_loss_by_hand(method, images, data, center, temperature,
-                                              (0, rank, step))
-            gradients.append(torch.autograd.grad(loss, list(trained.values())))
-            logits.append(teacher)
-        with torch.no_grad():
-            for name, *of_ranks in zip(trained, *gradients):
-                if 'last_layer' in name and p < 0.01:
-                    continue
-                mean = sum(of_ranks) / world
-                mean = mean * min(1, 3 / (mean.norm().item() + 1e-6))
-                moments[name] = adamw_by_hand(trained[name], mean, moments[name], lr, decay)
-            momentum = 1 - 0.02 * falls
-            for name, q in method.named_parameters():
-                if name.startswith('teacher'):
-                    student = trained.get(name.replace('teacher', 'student'), q)
-                    q.copy_(momentum * q + (1 - momentum) * student)
-            center = 0.5 * center + 0.5 * torch.cat(logits).mean(dim=0, keepdim=True)
-    return {**{name: p.detach() for name, p in method.named_parameters()}, 'center': center}
+def test_small_views_cost_the_projection_of_small_patches(tiny_fashion, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small, full = (started('--schedule', 'p8', '--views', views, root=tiny_fashion)
+                   for views in ('small', 'full'))
+    tau, pixels = Compression(8), 4 * 32 * (64 - 16)
+    unit = train.pass_flops(16, 16, 32, 1)
+    # 4 tokens: the query's projection forward and for its weights, the key's forward
+    assert full.cost[tau] - small.cost[tau] == pytest.approx(2 * 3 * pixels / unit)
 
 
-def dino_loss_by_hand(method, images, data, center, temperature, key):
-    """(loss, the teacher's logits) of the four views of a batch, one view at a time."""
-    views = []
-    for i, view in enumerate(recipe('dino', 16, 2, 8)):
-        image, = make_views(images, [view], keyed_generator(*key, i))
-        views.append(normalize(image, data.mean, data.std))
-    teacher = [method.teacher_head(method.teacher(view)).detach() for view in views[:2]]
-    student = [method.student_head(method.student(view)) for view in views]
-    return dino_loss(student, teacher, center, temperature, 0.4), torch.cat(teacher)
+@pytest.mark.parametrize('flags, sides', [
+    (('--schedule', 'p8'), [16, 16]),
+    (('--schedule', 'p8', '--views', 'full'), [32, 32]),
+    (('--schedule', 'p12'), [12, 12]),                     # 3 x 3 patches of 12 px, of 36 in all
+    (('--schedule', 'p12', '--views', 'full'), [36, 36]),
+    (('--schedule', 'p12', '--patch-branch', 'query'), [32, 32]),
+    (('--schedule', 'p2'), [32, 32]),                      # smaller patches need all pixels
+    (('--schedule', 'p8', '--method', 'dino', '--local-crops', '1'), [16, 16, 8])])
+def test_views_have_the_pixels_that_the_encoder_reads(flags, sides):
+    args, _ = train.parse_args([*flags])
+    tau = train.build_schedule(args).at(0)
+    kinds = train.augmentations(args, train.build_recipe(args), tau)
+    assert [kind.rendered for kind in kinds] == sides
 
 
-def adamw_by_hand(parameter, gradient, moments, lr, decay):
-    """One step in place: betas 0.9 and 0.999; biases and norms do not decay."""
-    first, second, count = moments
-    count += 1
-    first = 0.9 * first + 0.1 * gradient
-    second = 0.999 * second + 0.001 * gradient ** 2
-    size = (second / (1 - 0.999 ** count)).sqrt() + 1e-8
-    decayed = lr * decay if parameter.ndim > 1 else 0
-    parameter.copy_(parameter * (1 - decayed) - lr * first / (1 - 0.9 ** count) / size)
-    return first, second, count
-
-
-@pytest.mark.parametrize('world', (1, 2))
-def test_dino_steps_equal_those_written_out_by_hand(run, tiny_fashion, tmp_path, world):
-    """A step costs 16 x 10.67 = 171 of 16,000 units, 1.07 %: the last layer rests for one."""
-    flags = ['--method', 'dino', '--schedule', 'none', '--budget', '0.016', '--max-steps', '15',
-             '--lr', '1e-3', '--name', 'a', '--eval-every', '0']
-    if world == 1:
-        run(*flags)
-    else:
-        flags = [*SMALL, '--data-root', tiny_fashion, *flags]
-        done = torchrun(2, 'train.py', *flags, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count('is chance') == 1    # one of the processes speaks
-    data = load('fashion_mnist', tiny_fashion)
-    folder = tmp_path / 'runs' / 'a'
-    checkpoint = read(folder / 'checkpoint.pt')
-    saved = checkpoint['method']
-    progress = [0.0, *[line['progress'] for line in steps_of(folder)]][:15]
-    start = dino_by_hand(data, [], world)
-    expected = dino_by_hand(data, progress, world)
-    assert set(expected) == set(saved)
-    for name, value in expected.items():
-        moved = (value - start[name]).norm()
-        # Adam's first steps divide rounding by rounding
-        assert (saved[name] - value).norm() <= 2e-2 * moved + 1e-5, name
-    last = 'student_head.last_layer.weight'
-    assert torch.equal(dino_by_hand(data, [0.0], world)[last], start[last])
-    assert not torch.equal(expected[last], start[last])
-    # the decay is too small to be seen in the weights after 15 steps
-    decay = 0.04 + 0.36 * 0.5 * (1 - math.cos(math.pi * progress[-1]))
-    groups = checkpoint['optimizer']['param_groups']
-    assert [group['weight_decay'] for group in groups] == [pytest.approx(decay), 0]
-
-
-# ---------------------------------------------------------------- what the draws depend on
-
-def test_draws_depend_on_their_key_alone():
-    """The same key renders the same views and keeps the same tokens; another key draws others."""
-    args, _ = train.parse_args([*SMALL, '--schedule', 'p8-drop0.50'])
-    plan = train.make_plan(args, 1, 320)
-    images = torch.randint(256, (16, 1, 28, 28), dtype=torch.uint8)
-
-    def drawn(*key):
-        views, _, generator = train.render_views(plan, images, Compression(8, 0.5), key, 'cpu')
-        return [*views, torch.rand(4, generator=generator)]
-    assert same(drawn(0, 0, 5), drawn(0, 0, 5))
-    for other in ((1, 0, 5), (0, 1, 5), (0, 0, 6)):   # another seed, process or step
-        assert not any(map(same, drawn(0, 0, 5), drawn(*other)))
-
-
-@pytest.mark.parametrize('flags, sides, scales', [
-    ([], [224, 224, 96], [(0.4, 1.0), (0.4, 1.0), (0.05, 0.4)]),
-    (['--crop-scale', '0.5'], [224, 224, 96], [(0.5, 1.0), (0.5, 1.0), (0.05, 0.4)]),
-    (['--local-size', '64'], [224, 224, 64], [(0.4, 1.0), (0.4, 1.0), (0.05, 0.4)]),
-])
-def test_views_of_dino(flags, sides, scales):
-    """Local views keep DINO's share of the side, 96 of 224, and crops of their own."""
-    common = ['--method', 'dino', '--img-size', '224', '--local-crops', '1']
-    args, _ = train.parse_args([*common, *flags])
-    views = train.build_views(args)
-    assert [view.side for view in views] == sides
-    assert [view.scale for view in views] == scales
-
-
-def test_jitter_scales_all_strengths_of_every_view():
-    args, _ = train.parse_args(['--method', 'dino', '--local-crops', '1', '--jitter', '2'])
-    assert [view.jitter for view in train.build_views(args)] == 3 * [(0.8, 0.8, 0.4, 0.2)]
-
-
-# ---------------------------------------------------------------- patch sizes by branch
-
-def test_patch_branch_query_renders_each_branch_at_its_own_side(run, capsys):
-    """At 16 px and patch 12 the query is 12 px wide and one patch, the key 16 px and 16 patches.
-
-    A view that no branch reads is not made: MoCo's query is view 1 and its key is view 2.
-    """
-    flags = ['--schedule', 'p12', '--patch-branch', 'query', '--name', 'a', '--budget', 0.001]
-    args, _ = train.parse_args([*SMALL, *map(str, flags)])
-    plan = train.make_plan(args, 1, 320)
-    images = torch.zeros(16, 1, 28, 28, dtype=torch.uint8)
-    views, key_views, _ = train.render_views(plan, images, Compression(12), (0,), 'cpu')
-    assert [view is None for view in views] == [False, True]
-    assert [view is None for view in key_views] == [True, False]
-    assert views[0].shape[-1] == 12 and key_views[1].shape[-1] == 16
-    line = steps_of(run(*flags) / 'a')[0]
-    assert (line['query'], line['key'], line['tokens']) == ('p12', 'p4', 2)
-    # the key branch costs 1, the query's one patch and class token about 3 x 2 / 17
-    assert 1 < line['units'] / 16 < 1 + 3 * 3 / 17
+def test_jitter_and_crop_scale_change_the_recipe():
+    args, _ = train.parse_args(['--jitter', '2', '--crop-scale', '0.6'])
+    for kind in train.build_recipe(args):
+        assert kind.jitter == (0.8, 0.8, 0.4, 0.2) and kind.scale == (0.6, 1.0)
 
 
 # ---------------------------------------------------------------- gradient errors
 
-GRADSTATS = ['--probe-batches', 4, '--grid', 'p8,p4-drop0.50', '--metric', 'euclidean']
+def test_measuring_changes_nothing_in_the_run(run):
+    flags = ('--schedule', 'p8', '--budget', 0.002, '--probe-batches', 4)
+    folder = run(*flags, '--name', 'a')
+    run(*flags, '--name', 'b', '--gradstats', '0.5,1', '--grid', 'p8,p8-drop0.50')
+    weights, _ = weights_of(folder / 'a')
+    others, _ = weights_of(folder / 'b')
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    rows = [json.loads(line) for line in (folder / 'b' / 'gradstats.jsonl').open()]
+    assert [(row['progress'], row['strategy']) for row in rows] == [
+        (p, name) for p in (0.5, 1) for name in ('p4', 'p8', 'p8-drop0.50')]
+    assert rows[0]['cost'] == 1 and rows[0]['bias2'] == 0
 
 
-@pytest.mark.parametrize('method', UNCOMPRESSED)
-def test_measuring_changes_nothing_in_the_run(run, method):
-    flags = ['--method', method, '--budget', 0.001, '--schedule', STAGES, '--eval-every', 0]
-    runs = run(*flags, '--name', 'plain')
-    run(*flags, '--name', 'measured', '--gradstats', '0,0.5,1', *GRADSTATS)
-    rows = rows_of(runs / 'measured')
-    (runs / 'measured' / 'gradstats.jsonl').unlink()
-    assert_same_run(runs / 'plain', runs / 'measured')
-    measured = [(row['progress'], row['strategy']) for row in rows]
-    assert measured == [(p, s) for p in (0, 0.5, 1) for s in ('p4', 'p8', 'p4-drop0.50')]
-    assert all(row['variance'] > 0 and row['num_batches'] == 4 for row in rows)
-    assert rows[0]['cost'] == 1 > rows[1]['cost']     # relative to the uncompressed sample
-
-
-def test_probe_gradient_is_that_of_a_training_step(run, monkeypatch, tiny_fashion):
-    """The probe's flat gradient is what backward leaves in .grad, on views made here by hand."""
+def test_the_probe_measures_the_gradient_of_a_training_step(tiny_fashion, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = started('--gradstats', 1, '--grid', 'p8-drop0.50', '--probe-batches', 4, '--metric',
+                  'euclidean', root=tiny_fashion)
     seen = []
 
-    def compare(grad_fn, strategies, base, batches, groups, scale):
-        index = keyed_generator(0, 'probe order', 0, 0)
-        images = data.images[torch.randperm(320, generator=index)[:16]]
-        views = [make_views(images, [view], keyed_generator(0, 0, 'probe', 0, 0, i))[0]
-                 for i, view in enumerate(recipe('moco', 16))]
-        views = [normalize(view, data.mean, data.std) for view in views]
-        method = copy.deepcopy(methods[0])
-        method(views)[0].backward()
-        grads = [p.grad.flatten() for p in method.parameters() if p.requires_grad]
-        seen.append(torch.equal(grad_fn(0, Compression(4)), torch.cat(grads)))
+    def gradient_stats(grad_fn, grid, base, batches, groups, scale):
+        seen.extend(grad_fn(i, tau) for i in range(2) for tau in grid)
         return {}
+    monkeypatch.setattr(train, 'gradient_stats', gradient_stats)
+    train.measure(run, 1.0)
+    order = torch.randperm(320, generator=keyed_generator(0, 'probe order', 0, 1))[:16]
+    tau, key = Compression(8, 0.5), ('probe', 0, 1)
+    views = train.views_of(run, run.data.pixels['train'][order], tau, *key)
+    loss, _ = train.loss_of(run, run.method, views, tau, *key)
+    assert torch.equal(seen[3], flat_gradient(loss, run.parameters))
 
-    data = load('fashion_mnist', tiny_fashion)
-    methods = []
-    build = train.build_method
-    monkeypatch.setattr(train, 'build_method', lambda *a: methods.append(build(*a)) or methods[0])
-    monkeypatch.setattr(train, 'gradient_stats', compare)
-    run('--schedule', 'none', '--gradstats', '0', *GRADSTATS, '--budget', 0.0001)
-    assert seen == [True]
+
+def test_the_default_grid_has_no_patch_larger_than_the_image():
+    args, _ = train.parse_args(['--img-size', '16', '--patch-size', '8'])
+    assert list(map(str, train.build_grid(args))) == [
+        'p8', 'p8-drop0.50', 'p16', 'p16-drop0.50']
 
 
-# ---------------------------------------------------------------- resume
+# ---------------------------------------------------------------- stop and go on
 
 @pytest.mark.parametrize('flags', [
-    ['--method', 'moco', '--schedule', STAGES, '--budget', 0.001],
-    ['--method', 'dino', '--schedule', STAGES, '--budget', 0.002],
-    ['--schedule', 'p8', '--gradstats', '0.25,0.5,1', *GRADSTATS, '--budget', 0.0006],
-], ids=('moco', 'dino', 'gradstats'))
-def test_resume_is_bit_exact(run, flags):
-    flags = [*flags, '--eval-every', 0.25]
-    runs = run(*flags, '--name', 'whole')
-    run(*flags, '--name', 'parts', '--max-steps', 9)
-    run('--resume', runs / 'parts', small=False)
-    assert len(steps_of(runs / 'whole')) > 15
-    assert_same_run(runs / 'whole', runs / 'parts')
+    (), ('--method', 'dino', '--local-crops', 2), ('--gradstats', '0.4,0.8', '--probe-batches', 4)])
+def test_a_stopped_run_goes_on_bit_exactly(run, stop_at, flags):
+    flags = (*flags, '--schedule', 'p8-drop0.50@0,p4@0.6', '--budget', 0.002, '--eval-every', 0.3)
+    folder = run(*flags, '--name', 'whole')
+    stop_at(7)
+    run(*flags, '--name', 'parts')
+    assert steps_of(folder / 'parts')[-1]['step'] == 7
+    run('--resume', folder / 'parts', small=False)
+    assert_equal_runs(folder / 'whole', folder / 'parts')
+    if '--gradstats' in flags:
+        a, b = ((folder / name / 'gradstats.jsonl').read_text() for name in ('whole', 'parts'))
+        assert a == b
 
 
-def test_a_schedule_given_anew_takes_over(run):
-    flags = ['--budget', 0.002, '--eval-every', 0, '--name', 'a']
-    runs = run(*flags, '--schedule', 'p8', '--max-steps', 3)
-    run('--resume', runs / 'a', '--schedule', 'p4-drop0.50@0', '--max-steps', 6, small=False)
-    run('--resume', runs / 'a', '--max-steps', 8, small=False)
-    queries = [line['query'] for line in steps_of(runs / 'a')]
-    assert queries == ['p8'] * 3 + ['p4-drop0.50'] * 5
+def test_photos_stop_and_go_on_with_other_workers(run, stop_at, photos, capsys):
+    """The blank in the path is quoted where the run says how to go on; the broken file is named."""
+    flags = ('--dataset', 'folder', '--data-root', photos, '--budget', 0.002)
+    folder = run(*flags, '--workers', 0, '--name', 'whole')
+    stop_at(5)
+    run(*flags, '--workers', 2, '--name', 'two parts'.replace(' ', '-'))
+    printed = capsys.readouterr().out
+    assert 'go on with python train.py --resume ' in printed and printed.count('skipped') == 2
+    run('--resume', folder / 'two-parts', '--workers', 1, small=False)
+    assert_equal_runs(folder / 'whole', folder / 'two-parts')
+    assert f"--data-root '{photos}'" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- what would it cost?
+def launch(*flags, cwd, root, **options):
+    command = [sys.executable, str(ROOT / 'train.py'), *SMALL, '--data-root', str(root), *flags]
+    return subprocess.Popen(command, cwd=cwd, env=dict(os.environ, OMP_NUM_THREADS='1'), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
-def test_the_commands_of_the_paper_run_dry(capsys, tmp_path, monkeypatch):
-    """Three methods under three schedules. An uncompressed sample of MoCo-v3 costs 4 units."""
+
+def wait_for(path):
+    for _ in range(1000):
+        if path.exists():
+            return
+        time.sleep(0.02)
+    raise TimeoutError(path)
+
+
+def test_a_killed_run_goes_on_bit_exactly(run, tmp_path, tiny_fashion):
+    flags = ('--budget', '0.008', '--eval-every', '0.5')
+    process = launch(*flags, '--name', 'killed', cwd=tmp_path, root=tiny_fashion)
+    wait_for(tmp_path / 'runs' / 'killed' / 'checkpoint.pt')
+    process.kill()
+    process.wait()
+    run('--resume', 'auto', '--name', 'killed', *flags)
+    folder = run(*flags, '--name', 'whole')
+    weights, state = weights_of(folder / 'killed')
+    others, other_state = weights_of(folder / 'whole')
+    assert state == other_state and all(torch.equal(weights[n], others[n]) for n in weights)
+
+
+def test_a_closed_pipe_does_not_end_the_run(tmp_path, tiny_fashion):
+    """As with `| head -1`: the reader goes, the run comes to its end."""
+    process = launch('--budget', '0.002', '--name', 'a', cwd=tmp_path, root=tiny_fashion)
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait()
+    assert log_of(tmp_path / 'runs' / 'a')[-1]['progress'] == 1
+
+
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1'])
+def test_a_signal_finishes_the_step_and_saves(run, stop_at, capsys, name):
+    before = signal.getsignal(getattr(signal, name))
+    stop_at(3, getattr(signal, name))
+    folder = run('--budget', 0.002, '--name', 'a') / 'a'
+    assert read(folder / 'checkpoint.pt')['state']['step'] == 3
+    assert 'go on with python train.py --resume runs/a' in capsys.readouterr().out
+    assert signal.getsignal(getattr(signal, name)) == before
+
+
+def test_a_second_signal_does_what_python_does():
+    with pytest.raises(KeyboardInterrupt), train.stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_works_in_a_thread(run):
+    """As in a notebook's or a server's: there Python takes no signal handlers."""
+    thread = threading.Thread(target=run, args=('--budget', 0.001, '--name', 'a'))
+    thread.start()
+    thread.join()
+    assert log_of(train.Path('runs/a'))[-1]['progress'] == 1
+
+
+TWO_PROCESSES = '''
+import os, signal, sys, train
+train.LOG_EVERY = 1
+log = train.log
+disk, step = map(int, (sys.argv.pop(1), sys.argv.pop(1)))
+def log_and_signal(run, *rest):
+    log(run, *rest)
+    if (run.state.step, run.rank) == (step, 1):           # one process alone receives it
+        os.kill(os.getpid(), signal.SIGTERM)
+train.log = log_and_signal
+if disk and os.environ['RANK'] == '1':                    # a node with a disk of its own
+    os.mkdir('disk')
+    os.chdir('disk')
+try:
+    train.main()
+except ValueError as error:
+    print('refused:', error, flush=True)
+'''
+
+
+def test_two_processes_stop_and_go_on(tmp_path, tiny_fashion):
+    """To the same bits; and a checkpoint that one process does not see is refused by both."""
+    script = tmp_path / 'two.py'
+    script.write_text(TWO_PROCESSES)
+
+    def launch_two(disk, step, name):
+        flags = [*SMALL, '--data-root', tiny_fashion, '--budget', '0.001', '--eval-every', '0.5']
+        result = torchrun(2, script, disk, step, *flags, '--name', name, '--resume', 'auto',
+                          cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+    launch_two(0, 0, 'whole')
+    assert 'go on with torchrun --nproc_per_node 2 train.py --resume' in launch_two(0, 4, 'parts')
+    refused = launch_two(1, 0, 'parts')
+    assert refused.count('refused: process') == 2 and 'disk that all processes share' in refused
+    printed = launch_two(0, 0, 'parts')
+    assert 'cpu, 2 processes,' in printed and 'goes on at step 4, ' in printed
+    assert_equal_runs(tmp_path / 'runs' / 'whole', tmp_path / 'runs' / 'parts')
+
+
+@pytest.mark.parametrize('changed, message', [
+    (dict(processes=2), 'the run had processes 2, now it is 1'),
+    (dict(images='320 (other)'), 'the run had images 320 (other), now it is 320'),
+    (dict(patch_size=8), 'the run had patch_size 8, now it is 4')])
+def test_other_data_processes_or_encoders_are_refused(run, changed, message):
+    folder = run('--budget', 0.001, '--name', 'a') / 'a'
+    checkpoint = read(folder / 'checkpoint.pt')
+    checkpoint['identity'].update(changed)
+    torch.save(checkpoint, folder / 'checkpoint.pt')
+    with pytest.raises(ValueError) as error:
+        run('--resume', folder, small=False)
+    assert message in str(error.value)
+
+
+def test_a_crash_repeats_no_line(run, stop_at):
+    """Behind the checkpoint of step 4 stand a score and half a line: they are cut off."""
+    flags = ('--budget', 0.001, '--eval-every', 0.3)
+    whole = run(*flags, '--name', 'whole') / 'whole'
+    stop_at(4)
+    folder = run(*flags, '--name', 'parts') / 'parts'
+    with open(folder / 'log.jsonl', 'a') as file:
+        file.write('{"step": 4, "knn": 0.5, "progress": 0.3}\n{"step": 5, "lo')
+    run('--resume', folder, small=False)
+    assert_equal_runs(whole, folder)
+
+
+def test_the_number_of_threads_goes_on_with_the_run(run, stop_at, monkeypatch):
+    stop_at(2)
+    folder = run('--budget', 0.001, '--name', 'a') / 'a'
+    threads = []
+    monkeypatch.setattr(torch, 'set_num_threads', threads.append)
+    run('--resume', folder, small=False)
+    assert threads == [1]
+
+
+def test_a_finished_run_says_so(run, capsys):
+    folder = run('--budget', 0.001, '--name', 'a') / 'a'
+    capsys.readouterr()
+    run('--resume', folder, small=False)
+    assert capsys.readouterr().out.splitlines()[-1] == f'{folder} is finished'
+
+
+def test_nothing_is_overwritten(run):
+    run('--budget', 0.001, '--name', 'a')
+    with pytest.raises(ValueError, match='runs/a exists; choose another --name'):
+        run('--budget', 0.001, '--name', 'a')
+    assert (run('--budget', 0.001) / 'moco-fashion_mnist-0').is_dir()
+    assert (run('--budget', 0.001) / 'moco-fashion_mnist-1').is_dir()
+
+
+# ---------------------------------------------------------------- what a run says and leaves
+
+def test_timm_loads_the_backbone(run):
+    folder = run('--budget', 0.001, '--name', 'a', '--arch', '64,2,2') / 'a'
+    saved = torch.load(folder / 'backbone.pt', weights_only=True)
+    names = ('img_size', 'patch_size', 'in_chans', 'embed_dim', 'depth', 'num_heads')
+    config = {name: saved['config'][name] for name in names}
+    model = timm.models.VisionTransformer(num_classes=0, **config)
+    model.load_state_dict(saved['model'])
+    images = torch.randn(4, 1, 16, 16)
+    encoder, info = load_backbone(folder / 'backbone.pt')
+    assert error(model(images), encoder(images)) < 1e-5
+    assert info['transform']['input_size'] == (1, 16, 16) and len(info['mean']) == 1
+
+
+def test_a_run_starts_from_weights(run, tmp_path):
+    timm_vit = timm.models.VisionTransformer(img_size=16, patch_size=4, in_chans=1, embed_dim=32,
+                                             depth=1, num_heads=1, num_classes=10)
+    torch.save(timm_vit.state_dict(), tmp_path / 'timm.pt')
+    with pytest.raises(ValueError, match='has embed_dim 32, not 64; set the flags'):
+        run('--init', 'timm.pt', '--arch', '64,1,1')
+    folder = run('--init', 'timm.pt', '--budget', 0.00005, '--lr', 1e-12, '--name', 'a') / 'a'
+    kept = read(folder / 'backbone.pt')['model']['blocks.0.attn.qkv.weight']
+    assert error(kept, timm_vit.blocks[0].attn.qkv.weight) < 1e-6
+
+
+def test_epochs_set_the_budget(tiny_fashion, tmp_path, monkeypatch):
+    """Two epochs of 320 images, half of the budget uncompressed."""
     monkeypatch.chdir(tmp_path)
-    reproduce.main(['run', 'paper', '--budgets', '1537', '--dry-run'])
-    commands = capsys.readouterr().out.splitlines()
-    assert len(commands) == 9
-    for command in commands:
-        train.main([*shlex.split(command)[2:], '--dry-run', '--num-images', '1281167'])
-        text = capsys.readouterr().out
-        cost = float(re.search(r'p16 .* ([\d.]+)$', text, re.M)[1])
-        assert cost == pytest.approx(dict(moco=4, simclr=6, dino=12.4)[text.split()[2]], rel=0.005)
-    assert list(tmp_path.iterdir()) == []
+    run = started('--epochs', 2, '--schedule', 'p8@0,p4@0.5', root=tiny_fashion)
+    samples = sum(run.budget / 2 / run.cost[Compression(p)] for p in (8, 4))
+    assert samples == pytest.approx(640)
 
 
-def test_dry_run_of_the_paper(capsys):
-    """1,537 M units are 300 epochs of 1,281,167 images at 4 units, heads aside. 14^2 + 1 = 197."""
-    flags = '--arch vit_base --img-size 224 --patch-size 16 --budget 1537 --num-images 1281167'
-    schedule = 'p30@0,p16@0.5'
-    train.main([*flags.split(), '--schedule', schedule, '--hidden', '4096', '--dry-run'])
-    text = capsys.readouterr().out
-    assert 'images at 224 px' in text
-    epochs = float(re.search(r'([\d.]+) uncompressed epochs', text)[1])
-    assert epochs == pytest.approx(300, rel=0.02)
-    columns = [line.split() for line in text.splitlines() if line.startswith('  p')]
-    assert columns[0][:4] == ['p16', '197', '197', '224']
-    assert columns[1][:4] == ['p30', '50', '50', '210']
+def test_an_unlabelled_folder_trains_without_a_score(run, photos, capsys):
+    folder = run('--dataset', 'folder', '--data-root', photos / 'dog', '--budget', 0.001)
+    printed = capsys.readouterr().out
+    assert 'score     none' in printed and '--export features.npz' in printed.splitlines()[-1]
+    assert not any('knn' in line for line in log_of(folder / 'moco-folder-0'))
+
+
+def test_no_gain_over_the_random_network_is_said(run, capsys, monkeypatch):
+    monkeypatch.setattr(train, 'neighbours', lambda *a: ({1: 50.0, 20: 50.0}, 100, 400))
+    run('--budget', 0.001, '--name', 'a')
+    printed = capsys.readouterr().out
+    assert 'no better than the random network, 50.00 %' in printed and '+- 2.5' in printed
+
+
+@pytest.mark.parametrize('metrics, message', [
+    (dict(feature_spread=0.001), 'nearly the same feature'),
+    (dict(feature_spread=1, teacher_entropy=math.log(64)), 'outputs are uniform'),
+    (dict(feature_spread=1, teacher_entropy=0.001), 'one and the same output'),
+    (dict(feature_spread=1, teacher_entropy=2, positive_similarity=0.5,
+          negative_similarity=0.5), 'move together')])
+def test_collapse_is_said_in_plain_words(metrics, message):
+    assert message in train.collapse(metrics, 64)
+    healthy = dict(feature_spread=1, teacher_entropy=2, positive_similarity=0.5,
+                   negative_similarity=0.1)
+    assert train.collapse(healthy, 64) is None
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(run, stop_at, monkeypatch):
+    stop_at(4)
+    folder = run('--budget', 0.002, '--name', 'a') / 'a'
+    monkeypatch.undo()
+    monkeypatch.chdir(folder.parent.parent)
+    loss_of = train.loss_of
+    monkeypatch.setattr(train, 'LOG_EVERY', 1)
+    monkeypatch.setattr(train, 'loss_of', lambda *a: (loss_of(*a)[0] * math.nan, {}))
+    with pytest.raises(FloatingPointError, match='the loss is nan at step 5;.* lower --lr'):
+        run('--resume', folder, small=False)
+    assert read(folder / 'checkpoint.pt')['state']['step'] == 4
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny_fashion, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = started('--name', 'a', root=tiny_fashion)
+    with torch.no_grad():
+        run.method.projector[0].weight[0, 0] = math.inf
+    with pytest.raises(FloatingPointError, match='a weight is not finite at step 0'):
+        train.save_run(run)
+    assert not (run.folder / 'checkpoint.pt').exists()
+
+
+# ---------------------------------------------------------------- flags
+
+@pytest.mark.parametrize('flags, message', [
+    (('--batch-size', 1), 'batch size 1 is not a multiple of 1 process'),
+    (('--batch-size', 512), 'batch size 512 is larger than the 320 images'),
+    (('--schedule', 'p32'), 'patch size 32 is larger than --img-size 16'),
+    (('--budget', 1e-6), 'do not pay for a batch of 16'),
+    (('--patch-size', 3), 'patch size 3 does not divide image size 16x16; use 2, 4'),
+    (('--arch', '30,1,1'), 'width 30 must be a multiple of 4'),
+    (('--gradstats', '0,1'), 'Adam has no second moment at progress 0'),
+    (('--gradstats', '2'), 'are progress, from 0 to 1'),
+    (('--probe-batches', 6), 'must be a multiple of 4'),
+    (('--resume', 'auto'), 'give a --name')])
+def test_a_wrong_combination_names_value_and_fix(run, flags, message):
+    with pytest.raises(ValueError) as error:
+        run(*flags)
+    assert message in str(error.value) and not train.Path('runs').exists()
+
+
+@pytest.mark.parametrize('flags, message', [
+    (('--lr', '-1'), 'argument --lr: -1 is not above 0'),
+    (('--arch', 'vit_huge'), 'argument --arch: invalid encoder_size value'),
+    (('--schedule', 'p8-drop1.5'), 'drop rate 1.5 is outside [0, 1)'),
+    (('--schedule', 'p0'), 'patch size 0 is not a whole number'),
+    (('--budget', '1', '--epochs', '1'), 'not allowed with argument'),
+    (('--methd', 'moco'), 'unrecognized arguments: --methd')])
+def test_a_wrong_flag_is_argparses_own_line(capsys, flags, message):
+    with pytest.raises(SystemExit):
+        train.parse_args([*flags])
+    assert message in capsys.readouterr().err
+
+
+def test_help_shows_the_defaults_of_the_method(capsys):
+    for method, shown in (('moco', '0.002'), ('simclr', '0.004')):
+        with pytest.raises(SystemExit):
+            train.parse_args(['--method', method, '--help'])
+        assert f'(default: {shown})' in capsys.readouterr().out
+
+
+def test_defaults_follow_the_method():
+    args, _ = train.parse_args(['--method', 'dino', '--lr', '1'])
+    assert args.lr == 1 and args.batch_size == 32 and args.out_dim == 1024
+    assert isinstance(args, argparse.Namespace)
+    assert ViT(**args.arch).embed_dim == 64

@@ -1,55 +1,141 @@
-"""vit.py against timm and MoCo-v3's formulas."""
+"""vit.py against timm, MoCo-v3's formulas, and files in the layouts of others."""
+import copy
 import math
+import os
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from conftest import error
-from einops import rearrange
-from timm.layers import build_sincos2d_pos_embed
+from methods import shrunk
+from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed
+from timm.models import VisionTransformer
 
-from compress import pi_resize, random_keep
-from vit import ViT, sincos_table, vit_base, vit_small, vit_tiny
+from compress import random_keep
+from vit import ViT, forward_features, load_backbone, positions, read, sincos_table, vit_small
 
 SMALL = dict(patch_size=4, embed_dim=64, depth=2, num_heads=2)
 
 
-def small_vit(**options):
-    return ViT(img_size=48, **SMALL, **options)
+def normal(model):
+    """Every weight drawn: zeros and ones, and LayerScale's 1e-5, would test nothing."""
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model.eval()
 
 
-@pytest.mark.parametrize('pos_embed, height, width', [
-    ('sincos', 48, 48),
-    ('learned', 48, 48),
-    ('sincos', 24, 64),
+# ---------------------------------------------------------------- any ViT of timm's
+
+NAMED = {
+    'DeiT': 'deit_tiny_patch16_224',
+    'DeiT III': 'deit3_small_patch16_224',                    # no_embed_class, LayerScale
+    'FlexiViT': 'flexivit_small',                             # no_embed_class
+    'DINO': 'vit_small_patch16_224.dino',
+    'MAE': 'vit_base_patch16_224.mae',
+    'DINOv2': 'vit_small_patch14_dinov2',
+    'DINOv2 with registers': 'vit_small_patch14_reg4_dinov2',
+    'CLIP': 'vit_base_patch32_clip_224',                      # norm_pre, no bias in the projection
+    'BEiT-3': 'beit3_base_patch16_224',
+}
+PLAIN = {
+    'ViT': dict(),
+    'registers with positions': dict(reg_tokens=2),
+    'norms everywhere': dict(qk_norm=True, embed_norm_layer=nn.LayerNorm, pre_norm=True),
+    'mean of tokens': dict(global_pool='avg', init_values=0.1),
+}
+
+
+def of_timm(architecture):
+    """Two narrow blocks, and an image that is no square."""
+    sizes = dict(SMALL, img_size=(24, 32), num_classes=0)
+    if architecture in PLAIN:
+        return normal(VisionTransformer(**sizes, **PLAIN[architecture]))
+    return normal(timm.create_model(NAMED[architecture], **sizes))
+
+
+@pytest.mark.parametrize('architecture', [*PLAIN, *NAMED])
+def test_uncompressed_tokens_are_timms(architecture):
+    """Measured: 8e-7."""
+    model = of_timm(architecture)
+    images = torch.randn(2, 3, 24, 32)
+    assert error(forward_features(model, images), model.forward_features(images)) < 3e-6
+
+
+class Keep(nn.Module):
+    """In the place of timm's random PatchDropout."""
+
+    def __init__(self, ids, prefix):
+        super().__init__()
+        self.ids = ids
+        self.prefix = prefix
+
+    def forward(self, x):
+        ids = self.ids + self.prefix
+        return torch.stack([torch.cat([row[:self.prefix], row[i]]) for row, i in zip(x, ids)])
+
+
+@pytest.mark.parametrize('architecture', [*PLAIN, *NAMED])
+def test_compressed_tokens_are_timms_of_shrunk_images_less_the_dropped_ones(architecture):
+    """6 x 10 patches of 8 px, where timm sees 4 px, its positions on that grid. Measured: 2e-6."""
+    model = of_timm(architecture)
+    images = torch.randn(2, 3, 48, 80)
+    with torch.no_grad():
+        ours = forward_features(model, images, 8, 0.5, torch.Generator().manual_seed(3))
+        theirs = copy.deepcopy(model)
+        rows = model.pos_embed.shape[1] - 6 * 8
+        table = resample_abs_pos_embed(model.pos_embed, [6, 10], [6, 8], rows, antialias=False)
+        theirs.pos_embed = nn.Parameter(table)
+        theirs.patch_embed.strict_img_size = False
+        ids = random_keep(2, 60, 0.5, torch.Generator().manual_seed(3))
+        theirs.patch_drop = Keep(ids, model.num_prefix_tokens)
+        theirs = theirs.forward_features(shrunk(images, 8, 4).float())
+    assert error(ours, theirs) < 5e-6
+
+
+@pytest.mark.parametrize('name, what, options', [
+    ('deit_tiny_distilled_patch16_224', 'a distillation token', SMALL),
+    ('cait_xxs24_224', 'class attention', SMALL),
+    ('convit_tiny', 'a late class token', dict()),
+    ('eva02_tiny_patch14_224', 'rotary positions', SMALL),
+    ('vit_small_patch16_dinov3', 'rotary positions', SMALL),
+    ('beit_base_patch16_224', 'relative positions', SMALL),
+    ('vit_relpos_base_patch16_clsgap_224', 'relative positions', SMALL),
+    ('swin_tiny_patch4_window7_224', 'windows or stages', dict(embed_dim=24, depths=(1, 1))),
+    ('vit_tiny_r_s16_p8_224', 'a hybrid stem', dict(embed_dim=64, depth=1, num_heads=1)),
+    ('resnet18', 'a hybrid stem', dict()),
+    ('vit_base_patch16_siglip_224', 'no class token', SMALL),
+    ('vit_tiny_patch16_224', 'no table of positions', dict(SMALL, pos_embed='none')),
 ])
-def test_features_equal_timm(pos_embed, height, width):
-    """timm gets our codes of a rectangle's patches as its own. Measured: 3e-6."""
-    ours = small_vit(pos_embed=pos_embed)
-    for parameter in ours.parameters():
-        nn.init.normal_(parameter, std=0.2)                   # zeros and ones would test nothing
-    codes = [ours.pos_embed[:, :1], ours.positions((height // 4, width // 4))]
-    weights = dict(ours.state_dict(), pos_embed=torch.cat(codes, dim=1))
-    theirs = timm.models.VisionTransformer((height, width), num_classes=0, **SMALL)
+def test_what_would_come_out_wrong_is_refused_by_name(name, what, options):
+    model = timm.create_model(name, num_classes=0, **options)
+    with pytest.raises(ValueError, match=f'^{type(model).__name__} has {what}; '):
+        forward_features(model, torch.randn(1, 3, 224, 224))
+
+
+# ---------------------------------------------------------------- ours
+
+@pytest.mark.parametrize('pos_embed', ('sincos', 'learned'))
+def test_our_compressed_tokens_are_those_of_timm_with_our_weights(pos_embed):
+    """timm gets our codes of 6 x 12 patches as its own. Measured: no difference."""
+    ours = normal(ViT(img_size=48, pos_embed=pos_embed, **SMALL))
+    weights = dict(ours.state_dict(), pos_embed=torch.cat(positions(ours, (6, 12)), dim=1))
+    theirs = VisionTransformer((24, 48), num_classes=0, **SMALL)
     theirs.load_state_dict(weights)
-    images = torch.randn(2, 3, height, width)
-    assert error(ours.forward_tokens(images), theirs.forward_features(images)) < 1e-5
-    assert error(ours(images), theirs(images)) < 1e-5
+    images = torch.randn(2, 3, 48, 96)
+    tokens, reference = [forward_features(model, images, 8, 0.75, torch.Generator().manual_seed(3))
+                         for model in (ours, theirs)]
+    assert error(tokens, reference) < 1e-6
+    assert torch.equal(ours(images), ours.forward_tokens(images, 4)[:, 0])
 
 
-@pytest.mark.parametrize('name, build', [
-    ('vit_tiny_patch16_224', vit_tiny),
-    ('vit_small_patch16_224', vit_small),
-    ('vit_base_patch16_224', vit_base),
-])
-def test_timm_loads_the_weights_of_its_models(name, build):
-    with torch.device('meta'):
-        theirs = timm.create_model(name, num_classes=0)
-        ours = build()
-    theirs.load_state_dict(ours.state_dict())
-    assert theirs.blocks[0].attn.num_heads == ours.blocks[0].attn.num_heads
+@pytest.mark.parametrize('base, patch_size', [(4, 8), (4, 16), (16, 24), (16, 48)])
+def test_large_patches_are_seen_as_shrunk_images(base, patch_size):
+    """In float64. Measured: 9e-15."""
+    encoder = ViT(img_size=6 * base, patch_size=base, embed_dim=32, depth=1, num_heads=1).double()
+    images = torch.randn(2, 3, 2 * patch_size, 4 * patch_size, dtype=torch.float64)
+    small = encoder(shrunk(images, patch_size, base))
+    assert error(encoder(images, patch_size), small) < 1e-13
 
 
 def test_initialization_is_moco_v3s():
@@ -66,90 +152,144 @@ def test_initialization_is_moco_v3s():
     assert not encoder.pos_embed.requires_grad
 
 
-def test_no_compression_is_the_plain_forward():
-    """Bit for bit, in train and in eval mode."""
-    encoder = small_vit()
-    images = torch.randn(3, 3, 48, 48)
-    plain = encoder(images)
-    assert torch.equal(plain, encoder(images, 4, 0.0, torch.Generator()))
-    assert torch.equal(plain, encoder.eval()(images))
-
-
-def test_dropping_before_the_projection_equals_dropping_after():
-    """By hand: embed all 36 patches by a convolution, then keep 9 of each image."""
-    encoder = small_vit(pos_embed='learned')
-    images = torch.randn(2, 3, 48, 48)
-    out = encoder.forward_tokens(images, 8, 0.75, torch.Generator().manual_seed(3))
-
-    ids = random_keep(2, 36, 0.75, torch.Generator().manual_seed(3))
-    proj = encoder.patch_embed.proj
-    x = F.conv2d(images, pi_resize(proj.weight, 8), proj.bias, stride=8)
-    x = rearrange(x, 'b d h w -> b (h w) d') + encoder.positions((6, 6))
-    x = torch.stack([x[i, ids[i]] for i in range(2)])
-    cls = encoder.cls_token + encoder.pos_embed[:, :1]
-    x = torch.cat([cls.expand(2, 1, 64), x], dim=1)
-    for block in encoder.blocks:
-        x = block(x)
-    assert error(encoder.norm(x), out) < 1e-5
-
-
-def test_the_base_kernel_trains_through_any_patch_size_unless_frozen():
-    for frozen in (False, True):
-        encoder = small_vit(freeze_patch_embed=frozen)
-        features = encoder(torch.randn(2, 3, 48, 48), patch_size=8)
-        features[:, 0].sum().backward()      # LayerNorm holds the sum of all features at 0
-        gradient = encoder.patch_embed.proj.weight.grad
-        assert gradient is None if frozen else gradient.abs().max() > 1e-3
-
-
 def test_sincos_table_equals_timm():
     theirs = build_sincos2d_pos_embed([14, 14], 768, interleave_sin_cos=True)
     assert torch.equal(sincos_table(14, 14, 768)[0], theirs)
 
 
-def code_of_point(y, x):
-    """MoCo-v3's formula; y = 0.5 / 14, the first patch centre of a grid of 14, has the index 0."""
-    frequencies = torch.tensor([1, 0.1, 0.01, 0.001])
-    rows = (14 * y - 0.5) * frequencies
-    columns = (14 * x - 0.5) * frequencies
-    return torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()])
+def test_the_code_of_a_place_does_not_depend_on_the_patch_size():
+    """A third or a fifth of a patch has its centre in the middle one."""
+    encoder = vit_small(depth=0)
+    _, fine = positions(encoder, (14 * 3, 14 * 5))
+    middle = fine.view(14, 3, 14, 5, 384)[:, 1, :, 2]
+    assert error(middle.reshape(1, 196, 384), encoder.pos_embed[:, 1:]) < 1e-5
 
 
-@pytest.mark.parametrize('patch_size, height, width', [
-    (16, 224, 224),
-    (30, 210, 210),
-    (48, 240, 240),
-    (20, 60, 160),
-])
-def test_the_code_of_an_image_point_does_not_depend_on_the_rendering(patch_size, height, width):
-    """Base patch 16 at 224 px: every patch centre has the code of its place."""
-    encoder = ViT(img_size=224, embed_dim=16, depth=0, num_heads=1)
-    encoder.norm = nn.Identity()                              # tokens of black images are the codes
-    black = torch.zeros(1, 3, height, width)
-    tokens = encoder.forward_tokens(black, patch_size)[0, 1:]
-    columns = width // patch_size
-    for i, token in enumerate(tokens):
-        y = (i // columns + 0.5) * patch_size / height
-        x = (i % columns + 0.5) * patch_size / width
-        assert error(token, code_of_point(y, x)) < 1e-5
-
-
-def call(height=224, width=224, **compression):
-    ViT(depth=0).forward_tokens(torch.zeros(1, 3, height, width), **compression)
+def call(width=224, **compression):
+    ViT(depth=0).forward_tokens(torch.zeros(1, 3, 224, width), **compression)
 
 
 @pytest.mark.parametrize('function, arguments, message', [
     (call, dict(patch_size=20), 'size 20 does not divide image size 224x224; use 14, 16, 28, 32'),
-    (call, dict(patch_size=0), 'patch size 0'),
     (call, dict(width=200), 'image size 224x200'),
-    (call, dict(height=0), 'image size 0x224'),
-    (call, dict(drop_rate=-0.5), 'drop rate -0.5'),
-    (ViT, dict(img_size=100), 'image size 100x100; use 10, 20, 25'),
-    (ViT, dict(num_heads=5), '5 heads do not divide width 384; choose another number'),
-    (ViT, dict(num_heads=0), '0 heads do not divide'),
-    (ViT, dict(embed_dim=6), 'a width divisible by 4, not 6'),
+    (ViT, dict(num_heads=5), 'width 384 must be a multiple of 4, .* the 5 heads'),
     (ViT, dict(pos_embed='rope'), "'rope' is not one of sincos, learned"),
 ])
 def test_arguments_out_of_range(function, arguments, message):
     with pytest.raises(ValueError, match=message):
         function(**arguments)
+
+
+# ---------------------------------------------------------------- files of ours and of others
+
+def model_of(width=128, heads=2):
+    model = VisionTransformer(32, 8, embed_dim=width, depth=1, num_heads=heads, num_classes=0)
+    return normal(model)
+
+
+torch.manual_seed(0)
+MODEL = model_of()
+RIGHT = MODEL.state_dict()
+WRONG = {name: value + 1 for name, value in RIGHT.items()}
+HEAD = {'head.weight': torch.zeros(3, 128), 'head.bias': torch.zeros(3)}
+
+
+def prefixed(prefix, tensors):
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+# files as they are released, with wrong values where a loader could go wrong
+FILES = {
+    'timm': RIGHT | HEAD,
+    'timm with EMA': dict(state_dict=WRONG, state_dict_ema=RIGHT, epoch=3),
+    'DeiT': dict(model=RIGHT | HEAD, optimizer={}),
+    'MAE': dict(model=RIGHT | {'mask_token': torch.zeros(1, 1, 64),
+                               'decoder_blocks.0.attn.proj.bias': torch.zeros(64)}),
+    'MoCo-v3': dict(state_dict=prefixed('module.base_encoder.', RIGHT | HEAD)
+                    | prefixed('module.momentum_encoder.', WRONG)
+                    | {'module.predictor.0.weight': torch.zeros(4, 4)}),
+    'DINO': dict(student=prefixed('module.backbone.', WRONG),
+                 teacher=prefixed('backbone.', RIGHT) | {'head.mlp.0.bias': torch.zeros(4)}),
+}
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    """loaded(saved) is load_backbone of a file that holds this."""
+    def load(saved, **options):
+        torch.save(saved, tmp_path / 'a.pth')
+        return load_backbone(tmp_path / 'a.pth', **options)
+    return load
+
+
+@pytest.mark.parametrize('saved', FILES.values(), ids=FILES)
+def test_files_of_others_give_timms_features(saved, loaded):
+    encoder, info = loaded(saved)
+    images = torch.randn(4, 3, 32, 32)
+    assert error(encoder(images), MODEL(images)) < 1e-5
+    assert info == {}
+
+
+def test_our_backbone_goes_to_timm_and_back(loaded):
+    ours = ViT(img_size=28, patch_size=4, in_chans=1, embed_dim=32, depth=1, num_heads=2,
+               mlp_ratio=3.0, pos_embed='learned', freeze_patch_embed=True)
+    info = dict(mean=(0.3,), std=(0.2,), dataset='fashion_mnist')
+    encoder, found = loaded(dict(model=ours.state_dict(), config=ours.config, step=3, **info))
+    assert found == info
+    assert encoder.config == ours.config
+    theirs = VisionTransformer(28, 4, 1, 0, embed_dim=32, depth=1, num_heads=2, mlp_ratio=3.0)
+    theirs.load_state_dict(encoder.state_dict())
+    back, _ = loaded(theirs.state_dict(), num_heads=2)
+    assert back.config == dict(ours.config, freeze_patch_embed=False)
+    assert torch.equal(back.norm.bias, ours.norm.bias)
+
+
+def test_number_of_heads_and_the_kind_of_positions(loaded):
+    """64 channels a head, but 16 heads in ViT-H, and 12 in MoCo-v3's ViT-S with its fixed table."""
+    def found(tensors):
+        config = loaded(tensors)[0].config
+        return config['num_heads'], config['pos_embed']
+
+    small = model_of(384).state_dict()
+    table = torch.cat([torch.zeros(1, 1, 384), sincos_table(4, 4, 384)], dim=1)
+    half = {name: value.half() for name, value in dict(small, pos_embed=table).items()}
+    assert found(small) == (6, 'learned')
+    assert found(dict(state_dict=prefixed('module.base_encoder.', half))) == (12, 'sincos')
+    assert found(model_of(1280).state_dict()) == (16, 'learned')
+
+
+@pytest.mark.parametrize('saved, failure, message', [
+    (dict([*RIGHT.items()][:-1]), ValueError, 'Missing key.*norm.bias'),
+    (RIGHT | {'blocks.0.ls1.gamma': torch.ones(128)}, ValueError, 'Unexpected key.*ls1.gamma'),
+    (RIGHT | {'norm.bias': torch.full((128,), math.nan)}, ValueError, 'a.pth: .* not finite'),
+    ({'conv1.weight': torch.zeros(4)}, ValueError, r'a.pth holds no ViT .*\(conv1.weight'),
+])
+def test_weights_that_are_no_whole_vit_are_refused(saved, failure, message, loaded):
+    with pytest.raises(failure, match=f'(?s){message}'):
+        loaded(saved)
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    path = tmp_path / 'a.pth'
+    torch.save(RIGHT, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 8
+    path.write_bytes(content)
+    torch.load(path)                                          # torch does not look
+    with pytest.raises(ValueError, match='a.pth is damaged'):
+        read(path)
+
+
+class Unknown:
+    """Pickle can call anything by such an object."""
+
+    def __reduce__(self):
+        return os.mkdir, ('called',)
+
+
+def test_reading_runs_no_code_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Unknown(), 'a.pth')
+    with pytest.raises(Exception, match='mkdir'):
+        read('a.pth')
+    assert os.listdir() == ['a.pth']

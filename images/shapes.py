@@ -19,7 +19,7 @@ import torch
 from einops import rearrange, repeat
 from torch import hypot, maximum, minimum, remainder
 
-from views import keyed_generator
+from images.views import keyed_generator
 
 SHAPES = (
     'disk', 'ring', 'square', 'frame',

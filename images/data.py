@@ -1,0 +1,495 @@
+"""Data sets of images: what they hold, which part is scored, in which order images are seen.
+
+Small images are one uint8 tensor in memory: torchvision's data sets, the rendered `shapes`, and
+folders of small images of one size. Other folders are read by the workers of a DataLoader, which
+decode each image once and crop it straight to the sides that the encoder reads. What a picture is
+scored as does not depend on the way it took (`center`).
+
+    train + val, or valid, validation, test     beside each other, in any case
+    CLASS/image.jpg                             one tree: a tenth is scored
+    pictures alone                              to pretrain on, without a score
+
+Shapes: b batch, n images, c channels, h w image, s side of a view. Images are uint8 (b c h w).
+
+    data = load('shapes')
+    steps = ((keys, recipe('moco', 32)) for keys in batch_keys(len(data), 128, seed=0))
+    for images, labels in data.batches(steps):
+        view1, view2 = make_views(images, recipe('moco', 32))
+"""
+import hashlib
+import itertools
+import math
+import os
+import re
+import signal
+import unicodedata
+from functools import lru_cache, partial
+
+import torch
+from einops import rearrange
+from PIL import Image, PngImagePlugin
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+from images.shapes import SHAPES, render_shapes
+from images.views import IMAGENET_MEAN, IMAGENET_STD, crop_boxes, keyed_generator, resize, uniform
+
+TORCHVISION = dict(
+    fashion_mnist=datasets.FashionMNIST,
+    cifar10=datasets.CIFAR10,
+    cifar100=datasets.CIFAR100,
+    stl10=datasets.STL10)
+DATASETS = ('shapes', *TORCHVISION, 'folder')
+
+# Pillow goes by the content of a file and not by its name. On PostScript it starts Ghostscript.
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'PPM', 'GIF', 'AVIF', 'JPEG2000')
+EXTENSIONS = tuple(name for name, kind in Image.registered_extensions().items() if kind in FORMATS)
+PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 30     # the pixels of a file with long comments are fine
+
+SMALL = 64                                  # pixels: folders of such images are held in memory,
+MEMORY_LIMIT = 2e9                          # in bytes
+
+
+# ---------------------------------------------------------------- order and subsets
+
+def batch_keys(n, batch_size, seed, start_step=0, rank=0, world=1):
+    """Endless batches, each a list of (index, epoch), from a step on.
+
+    batch_size counts the images of all ranks; the last partial batch of an epoch is dropped. The
+    order of an epoch depends on (seed, epoch) alone, so that a resumed run finds its place again.
+    """
+    if n < batch_size:
+        raise ValueError(f'batch size {batch_size} is larger than the {n} images; '
+                         f'lower --batch-size')
+    steps = n // batch_size
+    share = batch_size // world
+
+    @lru_cache(maxsize=1)
+    def order(epoch):
+        generator = keyed_generator(seed, 'order', epoch)
+        return torch.randperm(n, generator=generator).tolist()
+
+    def batch(step):
+        epoch, place = divmod(step, steps)
+        first = place * batch_size + rank * share
+        return [(index, epoch) for index in order(epoch)[first:first + share]]
+
+    return map(batch, itertools.count(start_step))
+
+
+def stratified(labels, count):
+    """Positions of `count` of the labels (n), sorted. Each class keeps its share, within one image.
+
+    Evenly spaced positions would not do, because labels that repeat with a period alias with the
+    spacing. Which images of a class are chosen is random, but the same in every run.
+    """
+    n = len(labels)
+    _, sizes = labels.unique(return_counts=True)
+
+    # each class gets its share, rounded down; the largest remainders get what is left over
+    quotas = sizes * count // n
+    remainders = sizes * count % n
+    left_over = count - int(quotas.sum())
+    winners = remainders.argsort(descending=True, stable=True)[:left_over]
+    quotas[winners] += 1
+
+    # shuffle all, then sort by class: within a class the order is random
+    order = torch.randperm(n, generator=keyed_generator('subset', n))
+    order = order[labels[order].argsort(stable=True)]
+    members = order.split(sizes.tolist())
+    chosen = [ids[:quota] for ids, quota in zip(members, quotas.tolist())]
+    return torch.cat(chosen).sort().values
+
+
+# ---------------------------------------------------------------- pixels of a file
+
+def to_rgb(image):
+    """An opened file as RGB, 8 bits a channel. ValueError if it does not say what is white."""
+    if image.mode == 'F' or (image.mode == 'I' and image.format == 'TIFF'):
+        raise ValueError('32-bit pixels do not say which value is white; save 8 or 16 bits')
+    if image.mode.startswith('I'):                      # 16 bits: convert('L') would cut off at 255
+        image = image.convert('I').point(lambda value: value / 257 + 0.5).convert('L')
+    return image if image.mode == 'RGB' else image.convert('RGB')
+
+
+def read_crops(path, epoch, views, seed):
+    """A random crop for each Augmentation, mirrored half of the time: a list of uint8 (3 s s).
+
+    The draws depend on seed, epoch and name alone, so that any number of workers makes the same.
+    """
+    generator = keyed_generator(seed, epoch, in_folder(path))
+    low, high = torch.tensor([view.scale for view in views]).T[..., None]
+    with Image.open(path, formats=FORMATS) as image:
+        width = image.width
+        boxes = crop_boxes(len(views), image.height, width, (low, high), generator)
+        boxes = torch.stack(boxes, dim=1)                                     # views 4
+        # a JPEG is decoded at 1/2, 1/4 or 1/8 where each crop keeps twice the side that it needs
+        spare = min(min(box[2:].tolist()) / (2 * view.rendered) for box, view in zip(boxes, views))
+        if spare > 1:
+            image.draft('RGB', (int(width / spare) + 1, int(image.height / spare) + 1))
+        image = to_rgb(image)
+        boxes = boxes * (image.width / width)
+        flips = uniform(len(views), 0, 1, generator) < 0.5
+        crops = []
+        for view, (top, left, height, width), flip in zip(views, boxes.tolist(), flips):
+            shrinks = view.side != view.rendered       # bicubic is nearest to the least squares
+            filter = Image.Resampling['BICUBIC' if shrinks else view.interpolation.upper()]
+            box = (left, top, min(left + width, image.width), min(top + height, image.height))
+            side = (view.rendered, view.rendered)
+            crop = pil_to_tensor(image.resize(side, filter, box, reducing_gap=2))
+            crops.append(crop.flip(2) if flip else crop)
+    return crops
+
+
+def center(images, side, img_size):
+    """What is scored of uint8 images (b c h w): float32 (b c side side) in [0, 1].
+
+    The central square; 7/8 of it where the image is larger than img_size, the nominal side. This is
+    the usual Resize(256) and CenterCrop(224), and small images are seen as a whole.
+    """
+    h, w = images.shape[2:]
+    square = min(h, w)
+    if square > img_size:
+        square = max(1, round(square * 7 / 8))
+    top = (h - square) // 2
+    left = (w - square) // 2
+    return resize(images[:, :, top:top + square, left:left + square], side)
+
+
+def read_center(path, side, img_size):
+    """`center` of a file: float32 (c side side)."""
+    return center(read_pixels(path)[None], side, img_size)[0]
+
+
+def read_pixels(path):
+    """A whole file: uint8 (3 h w)."""
+    with Image.open(path, formats=FORMATS) as image:
+        return pil_to_tensor(to_rgb(image))
+
+
+def in_folder(path):
+    """The end of a path that stays the same when the data set moves: FOLDER/NAME."""
+    return os.sep.join(path.split(os.sep)[-2:])
+
+
+class Reader(Dataset):
+    """Item (index, ...) -> (read(path, ...), index that was read, {unreadable path: reason}).
+
+    In the place of a file that cannot be read stands the next that can.
+    """
+
+    def __init__(self, files, read):
+        self.files = files
+        self.read = read
+
+    def __getitem__(self, item):
+        index, *arguments = item
+        unreadable = {}
+        for i in range(index, index + len(self.files)):
+            path = self.files[i % len(self.files)]
+            try:
+                return self.read(path, *arguments), i % len(self.files), unreadable
+            except Exception as error:     # Pillow's decoders raise almost anything
+                unreadable[path] = str(error) or type(error).__name__
+        raise ValueError(f'no image can be read; the last is {path!a}: {unreadable[path]}')
+
+
+def finish_first(worker):
+    """Signals reach all processes of a job; the main one finishes its step, and needs workers."""
+    for name in STOPS:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+STOPS = [name for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
+
+
+# ---------------------------------------------------------------- a data set
+
+class Images:
+    """Training and scored images. split is 'train' or 'test'.
+
+    labels[split]  (n), -1: not labelled, or held out of the training labels
+    files[split]   paths; () for sets without files
+    pixels[split]  uint8 (n c h w), or None: the images stay in their files
+    mean, std      by channel of the training images in [0, 1]; those of ImageNet for files
+    fingerprint    a short hash of the names: another set of training images has another
+    """
+
+    def __init__(self, name, classes, labels, pixels=None, files=None, say=print):
+        self.name = name
+        self.classes = tuple(classes)
+        self.labels = labels
+        self.pixels = pixels
+        self.files = files or dict(train=(), test=())
+        self.say = say
+        self.unreadable = dict(train={}, test={})              # path: reason, of those met so far
+        self.channels = 3
+        self.mean = IMAGENET_MEAN
+        self.std = IMAGENET_STD
+        if pixels:
+            self.channels = pixels['train'].shape[1]
+            # 10,000 at random, since the images may be sorted by class
+            order = torch.randperm(len(self), generator=keyed_generator('mean and std'))
+            sample = pixels['train'][order[:10_000]] / 255
+            self.mean = tuple(sample.mean(dim=(0, 2, 3)).tolist())
+            std = sample.std(dim=(0, 2, 3)).clamp(min=1 / 255)     # a channel may be empty
+            self.std = tuple(std.tolist())
+        names = [in_folder(path) for path in self.files['train']]
+        text = repr((name, self.classes, len(self), names)).encode()
+        self.fingerprint = hashlib.blake2b(text, digest_size=8).hexdigest()
+
+    def __len__(self):
+        return len(self.labels['train'])
+
+    def transform(self, img_size):
+        """How `center` prepares an image, as the arguments of timm.data.create_transform.
+
+        crop_pct is that of images in files larger than img_size; smaller ones are seen as a whole.
+        """
+        small = self.pixels and min(self.pixels['train'].shape[2:]) <= img_size
+        return dict(input_size=(self.channels, img_size, img_size), interpolation='bicubic',
+                    crop_pct=1.0 if small else 7 / 8, mean=self.mean, std=self.std)
+
+    def ids(self, split):
+        """The ids (n) of all images of a split, with or without a label."""
+        return torch.arange(len(self.labels[split]))
+
+    def labelled_ids(self, split, limit=None):
+        """The ids (n) of the labelled images, sorted. With a limit, a stratified random subset."""
+        ids = (self.labels[split] >= 0).nonzero()[:, 0]
+        if limit and limit < len(ids):
+            ids = ids[stratified(self.labels[split][ids], limit)]
+        return ids
+
+    def batches(self, steps, seed=0, workers=0):
+        """(images, labels (b)) for each (keys, Augmentations) of steps; keys are (index, epoch).
+
+        images: uint8 (b c h w) in memory; of files a list of crops, uint8 (b c s s) for each view.
+        """
+        if self.pixels:
+            for keys, _ in steps:
+                ids = torch.tensor([index for index, _ in keys])
+                yield self.pixels['train'][ids], self.labels['train'][ids]
+            return
+        items = ([(*key, views) for key in keys] for keys, views in steps)
+        read = partial(read_crops, seed=seed)
+        for crops, ids, _ in self.read('train', items, read, workers):
+            yield [torch.stack(view) for view in zip(*crops)], self.labels['train'][ids]
+
+    def scored(self, split, ids, side, img_size=None, workers=0):
+        """Batches of pictures (b c side side) in [0, 1] with their ids (b), in the order of ids.
+
+        Unreadable images are missing; afterwards `unreadable[split]` names them.
+        """
+        img_size = img_size or side
+        parts = ids.split(250)                                 # stays in the allocator's pool
+        if self.pixels:
+            for part in parts:
+                yield center(self.pixels[split][part], side, img_size), part
+            return
+        items = ([(index,) for index in part.tolist()] for part in parts)
+        read = partial(read_center, side=side, img_size=img_size)
+        for part, (pictures, _, intact) in zip(parts, self.read(split, items, read, workers)):
+            pictures = [picture for picture, whole in zip(pictures, intact) if whole]
+            if pictures:
+                yield torch.stack(pictures), part[intact]
+
+    def read(self, split, items, read, workers):
+        """(results, indices that were read, whether each is the one asked for) of each batch."""
+        loader = DataLoader(
+            Reader(self.files[split], read),
+            batch_sampler=items,
+            collate_fn=list,
+            num_workers=workers,
+            worker_init_fn=finish_first,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator())                       # leaves the global one as it is
+        for batch in loader:
+            results, indices, unreadable = zip(*batch)
+            for paths in unreadable:
+                self.report(split, paths)
+            intact = torch.tensor([not paths for paths in unreadable])
+            yield results, torch.tensor(indices), intact
+
+    def report(self, split, paths):
+        """Names unreadable files (path: reason) once. Stops the run at more than one and 1 %."""
+        known = self.unreadable[split]
+        for path in paths.keys() - known.keys():
+            known[path] = paths[path]
+            self.say(f'unreadable image {len(known)} skipped: {path!a}: {paths[path]!a}')
+        total = len(self.files[split])
+        if len(known) > max(1, 0.01 * total):
+            raise ValueError(f'{len(known)} of {total} images cannot be read, over 1 %; replace or '
+                             f'remove them')
+
+
+# ---------------------------------------------------------------- folders
+
+def list_images(root):
+    """(names relative to root, sorted; how many other files there are). Links are followed."""
+    names = []
+    others = 0
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        for name in files:
+            if name.startswith('.') or not name.lower().endswith(EXTENSIONS):
+                others += 1
+            else:
+                names.append(os.path.relpath(os.path.join(folder, name), root))
+    return sorted(names), others
+
+
+def find_splits(folders):
+    """(training folder, scored folder) among the first folders of a tree; None where there is none.
+
+    Folders that look like splits under other names are refused: as classes they would give a score.
+    """
+    by_name = {folder.lower(): folder for folder in folders}
+    scored = [name for name in ('val', 'valid', 'validation', 'test') if name in by_name]
+    if 'train' in by_name and (scored or len(folders) == 1):
+        return by_name['train'], by_name[scored[0]] if scored else None
+    alike = [folder for folder in folders
+             if re.search(r'(^|[_\W])(train|trn|val|test|tst|eval|dev|holdout)', folder.lower())]
+    if len(alike) > 1 or alike == list(folders) != []:
+        raise ValueError(f'the folders {", ".join(map(ascii, alike))} look like splits; rename '
+                         f'them to train and val, or to names of classes')
+    return None, None
+
+
+def first_folder(name):
+    """The first folder of a relative name, '' without one. NFC: one class has one spelling."""
+    folder, slash, _ = name.partition(os.sep)
+    return unicodedata.normalize('NFC', folder) if slash else ''
+
+
+def load_folder(root, say=print):
+    """The Images of a tree of files."""
+    found, others = list_images(root)
+    if not found:
+        raise FileNotFoundError(f'no images below {str(root)!a}; looked for {" ".join(EXTENSIONS)}')
+    folders = sorted({name.partition(os.sep)[0] for name in found if os.sep in name})
+    train, test = find_splits(folders)
+
+    def below(folder):
+        """Names within a split, the whole tree if there is none."""
+        if folder is None:
+            return found
+        return [name[len(folder) + 1:] for name in found if name.startswith(folder + os.sep)]
+
+    names = dict(train=below(train), test=below(test) if test else [])
+    classes = sorted({first_folder(name) for name in names['train']} - {''})
+    classes = classes if len(classes) > 1 else []
+    index = {name: i for i, name in enumerate(classes)}
+    labels = {split: torch.tensor([index.get(first_folder(name), -1) for name in names[split]],
+                                  dtype=torch.long) for split in names}
+    files = {split: [os.path.join(root, folder or '', name) for name in names[split]]
+             for split, folder in (('train', train), ('test', test))}
+    if classes and not test:
+        # a stratified tenth is scored; the network is pretrained on it too, without its labels
+        held = (labels['train'] >= 0).nonzero()[:, 0]
+        held = held[stratified(labels['train'][held], math.ceil(len(held) / 10))]
+        files['test'] = [files['train'][i] for i in held]
+        labels['test'] = labels['train'][held]
+        labels['train'] = labels['train'].index_fill(0, held, -1)
+
+    say(f'{str(root)!a}: {len(files["train"]):,} training images in {len(classes)} classes, '
+        f'{len(files["test"]):,} to score in {test or "a tenth of them"!a}')
+    outside = len(found) - len(names['train']) - len(names['test'])
+    unlabelled = int((labels['test'] < 0).sum())
+    for count, what in ((others, 'other files are left out'),
+                        (outside, 'images beside the splits are left out'),
+                        (unlabelled, 'images are not scored: no training image has their class')):
+        if count:
+            say(f'  {count:,} {what}')
+    return in_memory_if_small(Images('folder', classes, labels, None, files, say))
+
+
+def in_memory_if_small(data):
+    """The same Images in memory, if all have one size of at most 64 px and there is room."""
+    total = sum(map(len, data.files.values()))
+    pixels = {}
+    kept = {}
+    shape = None
+    for split, files in data.files.items():
+        decoded = []
+        kept[split] = []
+        ids = data.ids(split)
+        parts = (ids[:1], *ids[1:].split(250))         # the first one shows that images are large
+        items = ([(int(i),) for i in part] for part in parts if len(part))
+        loaded = data.read(split, items, read_pixels, workers=0)
+        for part in tqdm(loaded, f'decoding, {split}', leave=False, disable=None):
+            for image, i, whole in zip(*part):
+                shape = shape or image.shape
+                room = total * image.numel() <= MEMORY_LIMIT
+                if image.shape != shape or max(shape) > SMALL or not room:
+                    return data
+                if whole:
+                    decoded.append(image)
+                    kept[split].append(int(i))
+        pixels[split] = torch.stack(decoded) if decoded else torch.empty(0, *shape).byte()
+    labels = {split: data.labels[split][kept[split]] for split in kept}
+    files = {split: [data.files[split][i] for i in kept[split]] for split in kept}
+    held = Images(data.name, data.classes, labels, pixels, files, data.say)
+    held.fingerprint = data.fingerprint
+    held.unreadable = data.unreadable
+    return held
+
+
+# ---------------------------------------------------------------- loading
+
+def load(name, root='data', say=print):
+    """A data set by name. torchvision's are fetched into `root` if they are not there."""
+    if name == 'folder':
+        return load_folder(root, say)
+    if name == 'shapes':
+        train, train_labels = render_shapes(12_000, seed=0)
+        test, test_labels = render_shapes(2_400, seed=1)
+        classes = SHAPES
+    elif name in TORCHVISION:
+        train, train_labels, classes = from_torchvision(name, root, train=True)
+        test, test_labels, _ = from_torchvision(name, root, train=False)
+    else:
+        raise ValueError(f"data set '{name}' is not one of {', '.join(DATASETS)}")
+    labels = dict(train=train_labels, test=test_labels)
+    return Images(name, classes, labels, dict(train=train, test=test), say=say)
+
+
+def from_torchvision(name, root, train):
+    """(images uint8 (n c h w), labels (n), classes)"""
+    try:
+        if name == 'stl10':
+            part = datasets.STL10(root, 'train+unlabeled' if train else 'test', download=True)
+        else:
+            part = TORCHVISION[name](root, train, download=True)
+    except RuntimeError as error:                              # of a download that failed
+        raise OSError(f'{name} is not in {str(root)!a} and cannot be fetched: {error}') from None
+    labels = part.labels if name == 'stl10' else part.targets
+    images = torch.as_tensor(part.data)
+    if images.ndim == 3:
+        images = rearrange(images, 'n h w -> n 1 h w')
+    elif images.shape[3] == 3:                                 # CIFAR; STL-10 is n c h w
+        images = rearrange(images, 'n h w c -> n c h w')
+    return images.contiguous(), torch.as_tensor(labels).long(), part.classes
+
+
+def self_check():
+    images, labels = render_shapes(600, seed=0)
+    data = Images('shapes', SHAPES, dict(train=labels, test=labels[:60]),
+                  dict(train=images, test=images[:60]))
+    # labels are index % 12: evenly spaced, a third of the images holds 4 of the 12 classes
+    spaced = labels[::3].unique().numel()
+    counts = labels[data.labelled_ids('train', limit=200)].bincount().tolist()
+    print(f'200 of 600 images: {spaced} classes if evenly spaced, {len(counts)} if stratified, '
+          f'each {min(counts)} to {max(counts)} times')
+    assert spaced == 4 and len(counts) == 12 and min(counts) == 16 and max(counts) == 17
+
+    later = batch_keys(600, 128, seed=0, start_step=5)
+    assert next(later) == next(itertools.islice(batch_keys(600, 128, seed=0), 5, None))
+    print('step 5 is found again')
+    print('data.py: all claims hold')
+
+
+if __name__ == '__main__':
+    self_check()
