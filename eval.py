@@ -85,6 +85,25 @@ SMALL = Recipe(epochs=5, batch_size=64, lr=1e-2, warmup=0.1, crop_scale=0.9, smo
 
 # ---------------------------------------------------------------- features
 
+def say(text):
+    """A line for the person who watches; `| head` may have closed the pipe, and work goes on."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def positive(kind):
+    """A type of flag: an int or float above 0."""
+    def number(text):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f'{text} is not above 0')
+        return value
+    return number
+
+
 def watched(items, total, title):
     """The items under a bar; where the output is a file, a line a minute with the time left."""
     start = said = time.time()
@@ -93,7 +112,7 @@ def watched(items, total, title):
         if not sys.stderr.isatty() and time.time() - said > 60:
             said = time.time()
             left = (said - start) / (i + 1) * (total - i - 1)
-            print(f'{title}: {i + 1} of {total}, {tqdm.format_interval(left)} left', flush=True)
+            say(f'{title}: {i + 1} of {total}, {tqdm.format_interval(left)} left')
 
 
 @torch.no_grad()
@@ -322,21 +341,24 @@ def parse_args(argv=None):
     add = parser.add_argument
     add('--weights', required=True,
         help='backbone.pt of a run, or a checkpoint of timm, MoCo-v3, DINO, DeiT or MAE')
-    add('--num-heads', type=int, help='of foreign weights (by default a head is 64 wide)')
+    add('--num-heads', type=positive(int), help='of foreign weights (by default a head is 64 wide)')
     add('--mean', type=float, nargs='+', help="of each channel (foreign weights: ImageNet's)")
     add('--std', type=float, nargs='+', help='the same')
     add('--dataset', choices=DATASETS, help='default: that of the training')
     add('--data-root', default='data', help='folder of the data set')
-    add('--img-size', type=int, help='in pixels (default: as in training)')
+    add('--img-size', type=positive(int), help='in pixels (default: as in training)')
     add('--workers', type=int, default=min(4, os.cpu_count()),
         help='processes that decode the images of a folder')
     add('--protocol', nargs='+', choices=('nn', 'knn', 'linear', 'finetune'),
         help='default: nn knn; none with --export')
-    add('--limit', type=int, help='score with this many training images, in proportion')
-    add('--patch-size', type=int, nargs='+', help='default: as in training')
-    add('--epochs', type=int, help=f'of finetune ({LARGE.epochs}; {SMALL.epochs} below 64 px)')
-    add('--batch-size', type=int, help=f'of finetune ({LARGE.batch_size}; {SMALL.batch_size})')
-    add('--lr', type=float, help=f'of finetune, per 512 images ({LARGE.lr:g}; {SMALL.lr:g})')
+    add('--limit', type=positive(int), help='score with this many training images, in proportion')
+    add('--patch-size', type=positive(int), nargs='+', help='default: as in training')
+    add('--epochs', type=positive(int),
+        help=f'of finetune ({LARGE.epochs}; {SMALL.epochs} below 64 px)')
+    add('--batch-size', type=positive(int),
+        help=f'of finetune ({LARGE.batch_size}; {SMALL.batch_size})')
+    add('--lr', type=positive(float),
+        help=f'of finetune, per 512 images ({LARGE.lr:g}; {SMALL.lr:g})')
     add('--export', metavar='FILE.npz', help='write the features of all images')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args(argv)
@@ -364,7 +386,7 @@ def measure(encoder, data, setting, args):
     if 'linear' in protocols:
         score, best, held_out = linear_sweep(train, test, classes, setting.device)
         shown = ', '.join(f'{rate:g}: {percent:.1f}' for rate, percent in held_out.items())
-        print(f'  rates and percent correct on held-out images: {shown}')
+        say(f'  rates and percent correct on held-out images: {shown}')
         yield dict(name='linear', score=score, rate=best, held_out=held_out, **common)
 
     if 'finetune' in protocols:
@@ -374,7 +396,7 @@ def measure(encoder, data, setting, args):
                          batch_size=min(args.batch_size or recipe.batch_size,
                                         max(1, len(train_ids) // 20)))
         model, losses = finetune(encoder, data, train_ids, setting, recipe)
-        print(f'  training loss {losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in the last; '
+        say(f'  training loss {losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in the last; '
               f'batches of {recipe.batch_size}')
         features, labels = features_of(model.encoder, data, 'test', test_ids, setting)
         predicted = model.head(features.to(setting.device)).argmax(dim=1)
@@ -386,10 +408,14 @@ def export(encoder, data, setting, path):
     """Write the features of all images that can be read, as an .npz file of numpy.
 
     train_features (n d), train_labels (n; -1: none), train_files (n; of folders), the same for
-    test, classes (c), and transform, JSON for timm.data.create_transform. No image is in both.
+    test, classes (c), patch_size, and transform, JSON for timm.data.create_transform. No image is
+    in both.
     """
-    transform = dict(data.transform(setting.img_size), mean=setting.mean, std=setting.std)
-    arrays = dict(classes=np.array(data.classes, dtype=str), transform=json.dumps(transform))
+    file = open(f'{path}.partial', 'wb')             # first: a wrong path is found before any work
+    transform = dict(data.transform(setting.side, setting.img_size), mean=setting.mean,
+                     std=setting.std)
+    arrays = dict(classes=np.array(data.classes, dtype=str), transform=json.dumps(transform),
+                  patch_size=setting.patch_size)
     held_out = set(data.files['test'])
     for split in ('train', 'test'):
         ids = data.ids(split)
@@ -404,11 +430,10 @@ def export(encoder, data, setting, path):
         if files:
             read = [files[i] for i in ids.tolist() if files[i] not in data.unreadable[split]]
             arrays[f'{split}_files'] = np.array(read)
-        print(f'{split}_features: {len(features)} x {features.shape[1]}')
-    with open(f'{path}.partial', 'wb') as file:
-        np.savez(file, **arrays)
-    os.replace(f'{path}.partial', path)
-    print(f'{path} holds {", ".join(arrays)}')
+    np.savez(file, **arrays)
+    file.close()
+    os.replace(file.name, path)
+    say(f'{path} holds {", ".join(arrays)}')
 
 
 def main(argv=None):
@@ -430,6 +455,8 @@ def main(argv=None):
     settings = [Setting(args.img_size or config['img_size'], patch_size, mean, std,
                         torch.device(args.device), args.workers)
                 for patch_size in args.patch_size or [config['patch_size']]]
+    if args.export and len(settings) > 1:
+        raise ValueError('--export writes the features of one --patch-size')
     if args.export:
         export(encoder, data, settings[0], args.export)
     if args.export and not args.protocol:
@@ -439,17 +466,17 @@ def main(argv=None):
     for setting in settings:
         start = time.perf_counter()
         tokens = 1 + (setting.side // setting.patch_size) ** 2
-        print(f'images of {setting.side} px in patches of {setting.patch_size}, {tokens} tokens; '
-              f'mean {mean}, std {std}')
+        say(f'images of {setting.side} px in patches of {setting.patch_size}, {tokens} tokens; '
+            f'mean {mean}, std {std}')
         for result in measure(encoder, data, setting, args):
             error = standard_error(result['score'], result['queries'])
             result.update(weights=args.weights, dataset=data.name, tokens=tokens,
                           img_size=setting.img_size, patch_size=setting.patch_size, mean=mean,
                           std=std, error=error, seconds=time.perf_counter() - start)
-            print(f'  {result["name"]}: {result["score"]:.2f} +- {error:.2f} % on '
-                  f'{result["queries"]} test images, {result["seconds"]:.0f} s', flush=True)
             with open(output, 'a') as file:
                 file.write(json.dumps(result) + '\n')
+            say(f'  {result["name"]}: {result["score"]:.2f} +- {error:.2f} % on '
+                f'{result["queries"]} test images, {result["seconds"]:.0f} s')
 
 
 if __name__ == '__main__':

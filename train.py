@@ -24,6 +24,7 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import signal
@@ -35,6 +36,10 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+# OpenMP's threads spin between the many small regions of a step. Beside one busy process that made
+# a step 4 to 8 times slower, so bounded twice, and on an idle machine at most a fifth slower.
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -42,7 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from compress import Compression, num_keep, pass_flops, patches_per_side
-from eval import Setting, can_score, neighbours, standard_error
+from eval import Setting, can_score, neighbours, positive, say, standard_error
 from gradstats import adam_scale, flat_gradient, gradient_stats, unchanged
 from images.data import DATASETS, STOPS, batch_keys, load
 from images.views import keyed_generator, make_view, normalize, recipe
@@ -74,15 +79,6 @@ LINES = ('log.jsonl', 'gradstats.jsonl')             # files that a run adds lin
 
 # ---------------------------------------------------------------- flags
 
-def positive(kind):
-    def number(text):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f'{text} is not above 0')
-        return value
-    return number
-
-
 def encoder_size(text):
     """'vit_base', or width, depth and heads: '768,12,12' -> sizes of the encoder"""
     if text in ARCHS:
@@ -101,6 +97,11 @@ def names(text):
     return text
 
 
+def points(text):
+    """'0.05,0.5,1' -> points of progress"""
+    return sorted(map(float, text.split(',')))
+
+
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     pass
 
@@ -112,7 +113,7 @@ def build_parser():
         help="shapes is rendered, folder is any tree of images, torchvision's are fetched")
     add('--data-root', default='data', help='folder of the data set')
     add('--img-size', type=positive(int), default=32, help='side of the views, px (paper: 224)')
-    add('--local-crops', type=int, default=0, help='of DINO (official: 8)')
+    add('--local-crops', type=positive(int), default=0, help='of DINO (official: 8)')
     add('--crop-scale', type=positive(float), help='smallest area of a global crop')
     add('--jitter', type=float, default=1, help='factor on the strength of the color jitter')
     add('--workers', type=int, default=2, help='loader processes, for images in files')
@@ -143,12 +144,13 @@ def build_parser():
     add('--patch-branch', default='both', choices=('query', 'both'),
         help='who sees larger patches; query: the key stays uncompressed')
     length = parser.add_mutually_exclusive_group()
-    length.add_argument('--budget', type=positive(float), default=0.16,
-                        help='millions of units (paper: 25 to 200, ImageNet-1k 300 to 6150)')
+    length.add_argument('--budget', type=positive(float),
+                        help='millions of units, 0.16 if nothing is said (paper: 25 to 200, '
+                             'ImageNet-1k 300 to 6150)')
     length.add_argument('--epochs', type=positive(float), help='instead: of the images')
 
     add = parser.add_argument_group('gradient errors').add_argument
-    add('--gradstats', type=lambda text: sorted(map(float, text.split(','))), default=[],
+    add('--gradstats', type=points, default=[],
         metavar='P,P,...', help='measure them at these points of progress, beside the budget')
     add('--grid', metavar='TAU,TAU,...',
         help='strategies (default: 1, 2, 4 times the patch size, drop rates 0 and 0.5)')
@@ -178,7 +180,7 @@ def parse_args(argv=None):
     The defaults follow --method. Those of a resumed run are the flags that it had.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ('--method', '--resume', '--name'):
+    for flag in ('--method', '--resume', '--name', '--budget', '--epochs'):
         early.add_argument(flag)
     known = early.parse_known_args(argv)[0]
     resume = known.resume
@@ -188,11 +190,15 @@ def parse_args(argv=None):
         resume = Path('runs') / known.name
         resume = resume if (resume / 'checkpoint.pt').exists() else None
     checkpoint = None
+    saved = {}
     if resume:
         checkpoint = read(Path(resume) / 'checkpoint.pt')
+        saved = checkpoint['args']
+        if known.budget or known.epochs:                 # either one given anew is the length
+            saved.update(budget=None, epochs=None)
     parser = build_parser()
     parser.set_defaults(**METHODS.get(known.method, METHODS['moco']))
-    parser.set_defaults(**checkpoint['args'] if checkpoint else {})
+    parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     args.resume = resume and str(resume)
     if args.probe_batches % GROUPS:
@@ -203,6 +209,8 @@ def parse_args(argv=None):
     if not all(0 <= p <= 1 for p in args.gradstats) or not 0 <= args.warmup < 1:
         raise ValueError(f'--gradstats {args.gradstats} and --warmup {args.warmup} are progress, '
                          f'from 0 to 1')
+    if args.local_crops and args.method != 'dino' or args.symmetric and args.method != 'moco':
+        raise ValueError('--local-crops is of --method dino, --symmetric of moco')
     if args.name and not checkpoint and (Path('runs') / args.name / 'checkpoint.pt').exists():
         raise ValueError(f'runs/{args.name} exists; choose another --name, or add --resume auto')
     return args, checkpoint
@@ -214,9 +222,11 @@ def build_encoder(args, in_chans):
     """The encoder of the flags, or the one in --init, which must have the sizes of the flags."""
     config = dict(img_size=args.img_size, patch_size=args.patch_size, in_chans=in_chans,
                   freeze_patch_embed=args.freeze_patch_embed, **args.arch)
-    if not args.init or args.resume:                 # a checkpoint has the weights itself
+    if not args.init:
         return ViT(**config)
-    encoder, _ = load_backbone(args.init, args.arch['num_heads'])
+    # of a resumed run the file of --init may be gone; its own backbone is of the same kind
+    weights = Path(args.resume) / 'backbone.pt' if args.resume else args.init
+    encoder, _ = load_backbone(weights, args.arch['num_heads'])
     wrong = [f'{name} {encoder.config[name]}, not {config[name]}' for name in config
              if name != 'freeze_patch_embed' and encoder.config[name] != config[name]]
     if wrong:
@@ -301,10 +311,11 @@ def sample_cost(args, method, kinds, strategy):
                           config['depth'], config['mlp_ratio'], head, trains,
                           config['freeze_patch_embed'])
 
+    sides = [kind.side for kind in augmentations(args, kinds, strategy)]
     total = 0.0
     for branch, view, trains, head in method.passes():
         p, drop_rate = method.compression(branch, strategy.patch_size, strategy.drop_rate)
-        total += flops(kinds[view].side, p or base, drop_rate, head, trains)
+        total += flops(sides[view], p or base, drop_rate, head, trains)
     return total / flops(args.img_size, base)
 
 
@@ -348,15 +359,6 @@ def pick_device(name):
     return device
 
 
-def say(text):
-    """A line for the person who watches; `| head` may have closed the pipe, and the run goes on."""
-    try:
-        tqdm.write(text)
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
 @contextlib.contextmanager
 def stop_signals():
     """A list that receives the number of a signal to stop. A second one does what Python does.
@@ -373,17 +375,25 @@ def stop_signals():
                 signal.signal(number, handler)
 
     if threading.current_thread() is threading.main_thread():
-        before.update({number: signal.signal(number, receive)
-                       for number in (getattr(signal, name) for name in STOPS)})
-    yield received
-    for number, handler in before.items():
-        signal.signal(number, handler)
+        for number in (getattr(signal, name) for name in STOPS):
+            if signal.getsignal(number) is not signal.SIG_IGN:       # nohup ignores SIGHUP
+                before[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def save(value, path):
     """torch.save under a temporary name, then renamed: a crash leaves the old file whole."""
-    torch.save(value, f'{path}.partial')
-    os.replace(f'{path}.partial', path)
+    partial = Path(f'{path}.partial')
+    try:
+        torch.save(value, partial)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:             # a full disk
+        partial.unlink(missing_ok=True)
+        raise OSError(f'{path} cannot be written: {error}') from None
 
 
 def append(path, *lines):
@@ -427,6 +437,7 @@ def set_up(args, checkpoint=None):  # noqa: C901 (in one place, in the order of 
     run.data = load(args.dataset, args.data_root, say if run.rank == 0 else lambda text: None)
     if run.world > 1 and run.rank == 0:
         dist.barrier()
+    run.data.say = say                               # each process names the files that it met
 
     batch_keys(len(run.data), args.batch_size, args.seed)  # refuses a batch larger than the data
 
@@ -442,7 +453,7 @@ def set_up(args, checkpoint=None):  # noqa: C901 (in one place, in the order of 
     if largest > args.img_size:
         raise ValueError(f'patch size {largest} is larger than --img-size {args.img_size}')
     run.cost = {tau: sample_cost(args, run.method, run.kinds, tau) for tau in used}
-    run.budget = 1e6 * args.budget
+    run.budget = 1e6 * (args.budget or 0.16)
     if args.epochs:
         run.budget = args.epochs * len(run.data) / samples_per_unit(run.schedule, run.cost)
     if run.budget < run.cost[run.schedule.at(0)] * args.batch_size:
@@ -466,7 +477,8 @@ def set_up(args, checkpoint=None):  # noqa: C901 (in one place, in the order of 
     run.half = run.device.type == 'cuda' and torch.cuda.is_bf16_supported(
         including_emulation=False)
 
-    run.identity = dict(processes=run.world, images=f'{len(run.data):,} ({run.data.fingerprint})',
+    run.identity = dict(method=args.method, hidden=args.hidden, out_dim=args.out_dim,
+                        processes=run.world, images=f'{len(run.data):,} ({run.data.fingerprint})',
                         **method.encoder.config)
     run.state = State()
     if checkpoint:
@@ -693,7 +705,7 @@ def save_run(run):
     encoder, data = run.method.encoder, run.data
     # the backbone first: a run whose last checkpoint is there has its backbone too
     save(dict(model=encoder.state_dict(), config=encoder.config, mean=data.mean, std=data.std,
-              dataset=data.name, transform=data.transform(run.args.img_size)),
+              dataset=data.name, transform=data.transform(run.args.img_size, run.args.img_size)),
          run.folder / 'backbone.pt')
     flags = {name: value for name, value in vars(run.args).items() if name != 'resume'}
     save(dict(args=flags, state=dataclasses.asdict(run.state), identity=run.identity,
@@ -819,6 +831,8 @@ def main(argv=None):
         if run.rank == 0:
             last_words(run, finished)
     finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()                            # they do not listen to signals
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -303,10 +303,15 @@ def read(path):
 
     Compares the checksums, which torch.load skips: a flipped bit would be another network.
     """
-    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-        raise ValueError(f'{path} is damaged; take another copy of it')
-    with torch.serialization.safe_globals([argparse.Namespace]):              # DINO's and MAE's
-        return torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError('it is damaged; take another copy')
+        with torch.serialization.safe_globals([argparse.Namespace]):          # DINO's and MAE's
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:                      # of many kinds, by the place of the damage
+        raise ValueError(f'{path} cannot be read: {error}') from None
 
 
 def load_backbone(path, num_heads=None):
@@ -316,6 +321,8 @@ def load_backbone(path, num_heads=None):
     others. num_heads: shapes do not tell it; by default a head is 64 wide, in MoCo-v3's ViT-S 32.
     """
     saved = read(path)
+    if not isinstance(saved, dict):
+        raise ValueError(f'{path} holds a {type(saved).__name__}, not a dictionary of tensors')
     for layout, (key, prefix) in LAYOUTS.items():
         tensors = saved if key is None else saved.get(key)
         if prefix + 'patch_embed.proj.weight' in (tensors or ()):

@@ -10,7 +10,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from itertools import product
+from functools import partial
 
 import torch
 from lightly.transforms import BYOLTransform, MoCoV2Transform
@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 import with_lightly
-from pictures import units
+from pictures import RESULTS, units
 from compress import Compression, pass_flops, patches_per_side
 from images.data import read_crops
 from images.views import make_view, make_views, recipe
@@ -27,6 +27,9 @@ from losses import MoCo
 from vit import ViT
 
 GPU = 400e12                            # FLOP/s that a large GPU may reach in training: assumed
+SMALL = 'p4 full', 'p8 full', 'p8 small', 'p8-drop0.50 full', 'p8-drop0.50 small'
+LARGE = ('p16 full', 'p24-drop0.50 full', 'p24-drop0.50 small', 'p30-drop0.50 full',
+         'p30-drop0.50 small', 'p48-drop0.50 full', 'p48-drop0.50 small')
 
 
 def in_turns(functions, rounds):
@@ -40,16 +43,15 @@ def in_turns(functions, rounds):
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def row(*cells):
-    print('|', ' | '.join(f'{cell:,.3g}' if isinstance(cell, float) else str(cell)
-                          for cell in cells), '|', flush=True)
+def strategy_of(case):
+    return Compression.parse(case.split()[0])
 
 
-def kinds_of(side, base, tau, views):
+def kinds_of(side, base, case):
     """The Augmentations of MoCo-v3 for a strategy, rendered full or small."""
-    patches = (tau.patch_size, base) if views == 'small' else (1, 1)
-    rendered = patches_per_side(side, tau.patch_size) * tau.patch_size
-    return [kind.at(rendered, patches) for kind in recipe('moco', side)]
+    q = strategy_of(case).patch_size
+    patches = (q, base) if 'small' in case else (1, 1)
+    return [kind.at(patches_per_side(side, q) * q, patches) for kind in recipe('moco', side)]
 
 
 def trainer(model, loss_of):
@@ -69,82 +71,100 @@ def step(args):
     images = torch.randint(0, 256, (args.batch_size, 3, 32, 32), dtype=torch.uint8)
     photos = list(map(to_pil_image, images))
     transform = MoCoV2Transform(32, gaussian_blur=0.0)
-    print('| width | strategy | views | ms | ms a unit, relative | times faster than lightly |\n'
-          '|---|---|---|---|---|---|')
+    print('| width | strategy, views | ms | ms a unit, relative | times faster than lightly |\n'
+          '|---|---|---|---|---|')
     for width, depth in ((64, 4), (192, 6)):
+        sizes = 32, 4, width, depth
         method = MoCo(ViT(32, 4, 3, width, depth, max(2, width // 64)), hidden=512)
-        usual = with_lightly.MoCo(True, 32, 4, width, depth)
+        usual = with_lightly.MoCo(True, *sizes)
 
-        def loss_of(tau, views):
+        def loss_of(case):
             method.update_teacher(0.99)
-            made = make_views(images, kinds_of(32, 4, tau, views))
-            return method(made, tau.patch_size if views == 'full' else 4, tau.drop_rate)[0]
+            views = make_views(images, kinds_of(32, 4, case))
+            tau = strategy_of(case)
+            return method(views, 4 if 'small' in case else tau.patch_size, tau.drop_rate)[0]
+
+        def usual_loss():
+            return usual(*map(torch.stack, zip(*map(transform, photos))))
 
         ours = trainer(method, loss_of)
-        theirs = trainer(usual, lambda: usual(*map(torch.stack, zip(*map(transform, photos)))))
-        base = Compression(4), 'full'
-        cases = [base, *product((Compression(8), Compression(8, 0.5)), ('full', 'small'))]
-        ms = in_turns({case: lambda case=case: ours(*case) for case in cases}
-                      | {theirs: theirs}, args.rounds)
-        row(width, 'lightly and timm', '', ms[theirs], '', 1)
-        for case in cases:
-            share = units(case[0], 32, 4, width, depth) / units(base[0], 32, 4, width, depth)
-            row(width, *case, ms[case], ms[case] / ms[base] / share, ms[theirs] / ms[case])
+        functions = {case: partial(ours, case) for case in SMALL}
+        functions['usual'] = trainer(usual, usual_loss)
+        ms = in_turns(functions, args.rounds)
+        base_cost = units(strategy_of('p4 full'), *sizes)
+        for case in SMALL:
+            relative = ms[case] / ms['p4 full']
+            unit = relative * base_cost / units(strategy_of(case), *sizes)
+            faster = ms['usual'] / ms[case]
+            print(f'| {width} | {case} | {ms[case]:.1f} | {unit:.2f} | {faster:.2f} |', flush=True)
+
+
+def cut(path, kinds, n):
+    """What a worker does for a batch: a list of crops for each view."""
+    return list(zip(*(read_crops(path, epoch, kinds, 0) for epoch in range(n))))
+
+
+def finish(crops, kinds):
+    """What the device does with it."""
+    for view, kind in zip(crops, kinds):
+        make_view(torch.stack(view), kind, cropped=True)
 
 
 def loader(args):
     """Both views of JPEGs at 224 px: in a worker and on the device, and cores that feed one GPU."""
-    print('| JPEG | strategy | views | worker, ms an image | device, ms | times faster than '
+    n = args.batch_size
+    transform = BYOLTransform(BYOLView1Transform(224), BYOLView2Transform(224))
+    photo = Image.open(args.image)
+    print('| JPEG | strategy, views | worker, ms an image | device, ms | times faster than '
           "torchvision's transforms | images/s of ViT-B on one GPU (computed) | cores that feed it "
-          '(computed) | of torchvision |\n|---|---|---|---|---|---|---|---|---|')
-    usual = BYOLTransform(BYOLView1Transform(224), BYOLView2Transform(224))
-    smooth = to_pil_image(torch.rand(3, 24, 32))
-    photo = Image.open(args.image).convert('RGB') if args.image else smooth
-    n = range(args.batch_size)
+          '(computed) | of torchvision |\n|---|---|---|---|---|---|---|---|')
     for size in ((500, 375), (2000, 1500)):
         file = tempfile.NamedTemporaryFile(suffix='.jpg')
         photo.resize(size, Image.Resampling.BICUBIC).save(file.name, quality=90)
-        functions = {'usual': lambda: [usual(Image.open(file.name).convert('RGB')) for _ in n]}
-        cases = [(Compression(16), 'full'), *product(
-            (Compression(p, 0.5) for p in (24, 30, 48)), ('full', 'small'))]
-        for case in cases:
-            def worker(kinds=kinds_of(224, 16, *case)):
-                return [read_crops(file.name, epoch, kinds, 0) for epoch in n]
 
-            def device(kinds=kinds_of(224, 16, *case), crops=list(zip(*worker()))):
-                return [make_view(torch.stack(view), kind, cropped=True)
-                        for view, kind in zip(crops, kinds)]
+        def usual():
+            for _ in range(n):
+                transform(Image.open(file.name))
 
-            functions |= {(case, 'worker'): worker, (case, 'device'): device}
-        ms = {name: value / len(n) for name, value in in_turns(functions, args.rounds).items()}
-        for case in cases:
-            rate = GPU / units(case[0]) / pass_flops(196, 768, 768, 12)
-            worker, device = ms[case, 'worker'], ms[case, 'device']
-            row('{} x {}'.format(*size), *case, worker, device, ms['usual'] / (worker + device),
-                rate, rate * worker / 1e3, rate * ms['usual'] / 1e3)
+        functions = dict(usual=usual)
+        for case in LARGE:
+            kinds = kinds_of(224, 16, case)
+            crops = cut(file.name, kinds, n)
+            functions[case, 'worker'] = partial(cut, file.name, kinds, n)
+            functions[case, 'device'] = partial(finish, crops, kinds)
+        seconds = {name: ms / n / 1e3 for name, ms in in_turns(functions, args.rounds).items()}
+        for case in LARGE:
+            worker, device = seconds[case, 'worker'], seconds[case, 'device']
+            rate = GPU / units(strategy_of(case)) / pass_flops(196, 768, 768, 12)
+            faster = seconds['usual'] / (worker + device)
+            print(f'| {size[0]} x {size[1]} | {case} | {1e3 * worker:.2f} | {1e3 * device:.2f} | '
+                  f'{faster:.2f} | {rate:,.0f} | {rate * worker:.1f} | '
+                  f'{rate * seconds["usual"]:.1f} |', flush=True)
 
 
 def lightly(args):
     """The step of with_lightly.py on views that are there: without and with its marked lines."""
     views = torch.randn(2, args.batch_size, 3, 64, 64)
-    models = {'usual': with_lightly.MoCo(True), 'marked lines': with_lightly.MoCo(),
-              "timm's patch_drop_rate": with_lightly.MoCo(True, patch_drop_rate=0.5)}
-    steps = {name: trainer(model, lambda model=model: model(*views))
-             for name, model in models.items()}
+    models = {
+        'usual': with_lightly.MoCo(True),
+        'marked lines': with_lightly.MoCo(),
+        "timm's patch_drop_rate": with_lightly.MoCo(True, patch_drop_rate=0.5),
+    }
+    steps = {name: partial(trainer(model, model), *views) for name, model in models.items()}
     ms = in_turns(steps, args.rounds)
     print('| step | ms | times faster |\n|---|---|---|')
     for name in ms:
-        row(name, ms[name], ms['usual'] / ms[name])
+        print(f'| {name} | {ms[name]:.1f} | {ms["usual"] / ms[name]:.2f} |')
 
 
 def main(argv=None):
     tables = dict(step=step, loader=loader, lightly=lightly)
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('table', choices=tables)
     parser.add_argument('--rounds', type=int, default=7, help='after one to warm up')
     parser.add_argument('--batch-size', type=int, default=128)
-    parser.add_argument('--image', help='a large photo for loader (default: a smooth picture)')
+    parser.add_argument('--image', default=RESULTS.with_name('cat.jpg'), help='of loader')
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     print(f'torch {torch.__version__}, CPU time of one thread, batches of {args.batch_size}\n')

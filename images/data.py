@@ -114,12 +114,12 @@ def to_rgb(image):
     return image if image.mode == 'RGB' else image.convert('RGB')
 
 
-def read_crops(path, epoch, views, seed):
+def read_crops(path, epoch, views, seed, root=''):
     """A random crop for each Augmentation, mirrored half of the time: a list of uint8 (3 s s).
 
     The draws depend on seed, epoch and name alone, so that any number of workers makes the same.
     """
-    generator = keyed_generator(seed, epoch, in_folder(path))
+    generator = keyed_generator(seed, epoch, name_below(root, path))
     low, high = torch.tensor([view.scale for view in views]).T[..., None]
     with Image.open(path, formats=FORMATS) as image:
         width = image.width
@@ -159,8 +159,8 @@ def center(images, side, img_size):
 
 
 def read_center(path, side, img_size):
-    """`center` of a file: float32 (c side side)."""
-    return center(read_pixels(path)[None], side, img_size)[0]
+    """`center` of a file: a list of one float32 (c side side)."""
+    return list(center(read_pixels(path)[None], side, img_size))
 
 
 def read_pixels(path):
@@ -169,9 +169,9 @@ def read_pixels(path):
         return pil_to_tensor(to_rgb(image))
 
 
-def in_folder(path):
-    """The end of a path that stays the same when the data set moves: FOLDER/NAME."""
-    return os.sep.join(path.split(os.sep)[-2:])
+def name_below(root, path):
+    """What stays the same when a data set moves, to another file system too."""
+    return unicodedata.normalize('NFC', os.path.relpath(path, root or '.'))
 
 
 class Reader(Dataset):
@@ -196,6 +196,18 @@ class Reader(Dataset):
         raise ValueError(f'no image can be read; the last is {path!a}: {unreadable[path]}')
 
 
+def unzipped(items):
+    """Of a batch of items: what was read, the indices (b), and the files that could not be read."""
+    results, indices, unreadable = zip(*items)
+    return results, torch.tensor(indices), unreadable
+
+
+def stacked(items):
+    """The same with a tensor (b c s s) a view: a few large ones leave a worker faster than many."""
+    results, indices, unreadable = unzipped(items)
+    return [torch.stack(view) for view in zip(*results)], indices, unreadable
+
+
 def finish_first(worker):
     """Signals reach all processes of a job; the main one finishes its step, and needs workers."""
     for name in STOPS:
@@ -217,8 +229,10 @@ class Images:
     fingerprint    a short hash of the names: another set of training images has another
     """
 
-    def __init__(self, name, classes, labels, pixels=None, files=None, say=print):
+    def __init__(self, name, classes, labels, pixels=None, files=None,  # noqa: PLR0913
+                 root='', say=print):
         self.name = name
+        self.root = root
         self.classes = tuple(classes)
         self.labels = labels
         self.pixels = pixels
@@ -236,20 +250,20 @@ class Images:
             self.mean = tuple(sample.mean(dim=(0, 2, 3)).tolist())
             std = sample.std(dim=(0, 2, 3)).clamp(min=1 / 255)     # a channel may be empty
             self.std = tuple(std.tolist())
-        names = [in_folder(path) for path in self.files['train']]
+        names = [name_below(root, path) for path in self.files['train']]
         text = repr((name, self.classes, len(self), names)).encode()
         self.fingerprint = hashlib.blake2b(text, digest_size=8).hexdigest()
 
     def __len__(self):
         return len(self.labels['train'])
 
-    def transform(self, img_size):
+    def transform(self, side, img_size):
         """How `center` prepares an image, as the arguments of timm.data.create_transform.
 
         crop_pct is that of images in files larger than img_size; smaller ones are seen as a whole.
         """
         small = self.pixels and min(self.pixels['train'].shape[2:]) <= img_size
-        return dict(input_size=(self.channels, img_size, img_size), interpolation='bicubic',
+        return dict(input_size=(self.channels, side, side), interpolation='bicubic',
                     crop_pct=1.0 if small else 7 / 8, mean=self.mean, std=self.std)
 
     def ids(self, split):
@@ -274,9 +288,9 @@ class Images:
                 yield self.pixels['train'][ids], self.labels['train'][ids]
             return
         items = ([(*key, views) for key in keys] for keys, views in steps)
-        read = partial(read_crops, seed=seed)
+        read = partial(read_crops, seed=seed, root=self.root)
         for crops, ids, _ in self.read('train', items, read, workers):
-            yield [torch.stack(view) for view in zip(*crops)], self.labels['train'][ids]
+            yield crops, self.labels['train'][ids]
 
     def scored(self, split, ids, side, img_size=None, workers=0):
         """Batches of pictures (b c side side) in [0, 1] with their ids (b), in the order of ids.
@@ -291,27 +305,24 @@ class Images:
             return
         items = ([(index,) for index in part.tolist()] for part in parts)
         read = partial(read_center, side=side, img_size=img_size)
-        for part, (pictures, _, intact) in zip(parts, self.read(split, items, read, workers)):
-            pictures = [picture for picture, whole in zip(pictures, intact) if whole]
-            if pictures:
-                yield torch.stack(pictures), part[intact]
+        for part, ((pictures,), _, intact) in zip(parts, self.read(split, items, read, workers)):
+            if intact.any():
+                yield pictures[intact], part[intact]
 
-    def read(self, split, items, read, workers):
-        """(results, indices that were read, whether each is the one asked for) of each batch."""
+    def read(self, split, items, read, workers, collate=stacked):
+        """(what was read, indices, whether each is the one asked for) of each batch of items."""
         loader = DataLoader(
             Reader(self.files[split], read),
             batch_sampler=items,
-            collate_fn=list,
+            collate_fn=collate,
             num_workers=workers,
             worker_init_fn=finish_first,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator())                       # leaves the global one as it is
-        for batch in loader:
-            results, indices, unreadable = zip(*batch)
+        for results, indices, unreadable in loader:
             for paths in unreadable:
                 self.report(split, paths)
-            intact = torch.tensor([not paths for paths in unreadable])
-            yield results, torch.tensor(indices), intact
+            yield results, indices, torch.tensor([not paths for paths in unreadable])
 
     def report(self, split, paths):
         """Names unreadable files (path: reason) once. Stops the run at more than one and 1 %."""
@@ -346,14 +357,20 @@ def find_splits(folders):
 
     Folders that look like splits under other names are refused: as classes they would give a score.
     """
+    split = re.compile('(train|trn|val|valid|validation|test|tst|eval|dev|holdout)(ing|set)?')
+
+    def alike(text):
+        return split.fullmatch(text.lower())
+
     by_name = {folder.lower(): folder for folder in folders}
     scored = [name for name in ('val', 'valid', 'validation', 'test') if name in by_name]
     if 'train' in by_name and (scored or len(folders) == 1):
         return by_name['train'], by_name[scored[0]] if scored else None
-    alike = [folder for folder in folders
-             if re.search(r'(^|[_\W])(train|trn|val|test|tst|eval|dev|holdout)', folder.lower())]
-    if len(alike) > 1 or alike == list(folders) != []:
-        raise ValueError(f'the folders {", ".join(map(ascii, alike))} look like splits; rename '
+    # a word of the name: seg_train, trainA; one such folder may be a class, train_station
+    some = [folder for folder in folders
+            if any(map(alike, re.findall('[A-Z]?[a-z]+', folder)))]
+    if any(map(alike, folders)) or len(some) > 1 or some == list(folders) != []:
+        raise ValueError(f'the folders {", ".join(map(ascii, some))} look like splits; rename '
                          f'them to train and val, or to names of classes')
     return None, None
 
@@ -395,7 +412,7 @@ def load_folder(root, say=print):
         labels['train'] = labels['train'].index_fill(0, held, -1)
 
     say(f'{str(root)!a}: {len(files["train"]):,} training images in {len(classes)} classes, '
-        f'{len(files["test"]):,} to score in {test or "a tenth of them"!a}')
+        f'{len(files["test"]):,} to score')
     outside = len(found) - len(names['train']) - len(names['test'])
     unlabelled = int((labels['test'] < 0).sum())
     for count, what in ((others, 'other files are left out'),
@@ -403,7 +420,7 @@ def load_folder(root, say=print):
                         (unlabelled, 'images are not scored: no training image has their class')):
         if count:
             say(f'  {count:,} {what}')
-    return in_memory_if_small(Images('folder', classes, labels, None, files, say))
+    return in_memory_if_small(Images('folder', classes, labels, None, files, root, say))
 
 
 def in_memory_if_small(data):
@@ -418,7 +435,7 @@ def in_memory_if_small(data):
         ids = data.ids(split)
         parts = (ids[:1], *ids[1:].split(250))         # the first one shows that images are large
         items = ([(int(i),) for i in part] for part in parts if len(part))
-        loaded = data.read(split, items, read_pixels, workers=0)
+        loaded = data.read(split, items, read_pixels, 0, unzipped)
         for part in tqdm(loaded, f'decoding, {split}', leave=False, disable=None):
             for image, i, whole in zip(*part):
                 shape = shape or image.shape
@@ -431,7 +448,7 @@ def in_memory_if_small(data):
         pixels[split] = torch.stack(decoded) if decoded else torch.empty(0, *shape).byte()
     labels = {split: data.labels[split][kept[split]] for split in kept}
     files = {split: [data.files[split][i] for i in kept[split]] for split in kept}
-    held = Images(data.name, data.classes, labels, pixels, files, data.say)
+    held = Images(data.name, data.classes, labels, pixels, files, data.root, data.say)
     held.fingerprint = data.fingerprint
     held.unreadable = data.unreadable
     return held

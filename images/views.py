@@ -81,6 +81,11 @@ class Augmentation:
     blur_sigma: tuple = (0.1, 2.0)        # range, in pixels of the view
     patches: tuple = (1, 1)               # (q, p): each q x q patch as its p x p picture
 
+    def __post_init__(self):
+        if not 0 < self.scale[0] <= self.scale[1] <= 1 or min(self.jitter) < 0:
+            raise ValueError(f'crops of {self.scale} of the area and jitter of {self.jitter}: an '
+                             f'area is above 0 and at most 1, a strength not below 0')
+
     @property
     def rendered(self):
         """The side of the picture that is made, in pixels."""
@@ -438,7 +443,7 @@ def draw(b, h, w, view, generator):
 
 
 def make_view(images, view, generator=None, cropped=False):
-    """One view of each image: float32 (b c s s) in [0, 1], s = view.rendered.
+    """One view of each image: float32 (b c s s) within `limits`, s = view.rendered.
 
     cropped: the images are random crops of this side already, and are recoloured alone.
     """
@@ -472,7 +477,7 @@ def check_images(images):
 
 
 def make_views(images, views, generator=None):
-    """One augmented batch for each Augmentation: a list of float32 (b c s s) in [0, 1].
+    """One augmented batch for each Augmentation: a list of float32 (b c s s).
 
     images: uint8 or float in [0, 1], (b c h w). The draws depend on the generator (a CPU one; None:
     torch's own), the batch size and the image size. With the same seed, the same views at other

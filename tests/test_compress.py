@@ -20,12 +20,10 @@ PATCH_SIZES = (16, 20, 24, 30, 40, 48)                # the paper's
 
 
 def test_a_name_is_short_and_is_read_back():
-    assert str(Compression(24)) == 'p24'
     assert str(Compression(24, 0.5)) == 'p24-drop0.50'
     assert Compression.parse(' p24-drop0.5') == Compression(24, 0.5)
-    for rate in (0.0, 0.07, 0.125, 1 / 3, 1e-5, 0.999):
-        strategy = Compression(16, rate)
-        assert Compression.parse(str(strategy)) == strategy
+    for rate in (0, 0.125, 1 / 3, 1e-5):
+        assert Compression.parse(str(Compression(16, rate))) == Compression(16, rate)
 
 
 def test_num_keep_is_the_nearest_whole_number():
@@ -46,8 +44,7 @@ def test_random_keep_is_uniform_without_replacement():
         assert (share - p).abs().max() < 3.5 * sigma
 
 
-@pytest.mark.parametrize('antialias', (False, True))
-@pytest.mark.parametrize('interpolation', ('bilinear', 'bicubic'))
+@pytest.mark.parametrize('interpolation, antialias', [('bilinear', False), ('bicubic', True)])
 def test_pi_resize_equals_timm(interpolation, antialias):
     """timm inverts in float32. Measured: 3e-6 of the largest weight."""
     kernel = torch.randn(8, 3, 16, 16)
@@ -57,35 +54,28 @@ def test_pi_resize_equals_timm(interpolation, antialias):
         assert error(ours, theirs) < 1e-5 * max(1, theirs.abs().max())
 
 
-@pytest.mark.parametrize('old, new', [(4, 8), (4, 16), (16, 8), *((16, q) for q in PATCH_SIZES)])
+@pytest.mark.parametrize('old, new', [(4, 8), (16, 8), (16, 24), (16, 48)])
 def test_a_large_patch_is_read_as_its_least_squares_picture(old, new):
-    """<x, w_q> = <pinv(B) x, w> for any x. Measured: 8e-15, and 4e-7 in float32."""
+    """<x, w_q> = <pinv(B) x, w> for any x. Measured: 8e-15."""
     kernel = torch.randn(6, 1, old, old, dtype=torch.float64)
-    patches = torch.randn(10, 1, new, new)
+    patches = torch.randn(10, 1, new, new, dtype=torch.float64)
     truth = shrunk(patches, new, old).flatten(1) @ kernel.flatten(1).T
-    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
-        tokens = patches.flatten(1).to(dtype) @ pi_resize(kernel.to(dtype), new).flatten(1).T
-        assert (tokens - truth).norm() < tolerance * truth.norm()
+    tokens = patches.flatten(1) @ pi_resize(kernel, new).flatten(1).T
+    assert (tokens - truth).norm() < 1e-13 * truth.norm()
 
 
-def test_pi_resize_has_a_gradient_though_inference_cached_the_matrix():
+def test_pi_resize_has_a_gradient_and_is_float32_under_autocast():
+    """Though inference cached the matrix. A bfloat16 product would be off by 3e-3."""
     kernel = torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
     with torch.inference_mode():
         pi_resize(kernel, 7)
     assert torch.autograd.gradcheck(pi_resize, (kernel, 7))
-    assert pi_resize(kernel, 4) is kernel
-    assert resize_matrix(4, 7) is resize_matrix(4, 7)
-
-
-def test_pi_resize_stays_float32_under_autocast():
-    """A bfloat16 product would be off by 3e-3."""
-    kernel = torch.randn(2, 1, 4, 4)
+    assert pi_resize(kernel, 4) is kernel and resize_matrix(4, 7) is resize_matrix(4, 7)
     with torch.autocast('cpu', torch.bfloat16):
-        assert error(pi_resize(kernel, 6), pi_resize(kernel.double(), 6)) < 1e-6
+        assert error(pi_resize(kernel.float(), 7), pi_resize(kernel, 7)) < 1e-6
 
 
-@pytest.mark.parametrize('antialias', (False, True))
-@pytest.mark.parametrize('grid', ((10, 10), (5, 5), (20, 12)))
+@pytest.mark.parametrize('grid, antialias', [((5, 5), True), ((20, 12), False)])
 def test_resize_pos_embed_equals_timm(grid, antialias):
     pos = torch.randn(1, 15 * 15, 32)
     ours = resize_pos_embed(pos, (15, 15), grid, antialias=antialias)
@@ -97,9 +87,7 @@ def test_resize_pos_embed_equals_timm(grid, antialias):
 def test_tokens_of_the_paper():
     """Patch 30 and 75 % dropout both leave 49: (210 / 30)^2 = 196 / 4. A tie goes up."""
     assert [patches_per_side(224, p) for p in PATCH_SIZES] == [14, 11, 9, 7, 6, 5]
-    assert num_keep(14 ** 2, 0.75) == 7 ** 2
-    assert patches_per_side(120, 48) == 3
-    assert patches_per_side(16, 48) == 1
+    assert [patches_per_side(side, 48) for side in (120, 16)] == [3, 1]
 
 
 # ---------------------------------------------------------------- costs
@@ -116,11 +104,7 @@ def flops(method, sides, tau, in_chans, sizes, frozen=False):
 
 
 @pytest.mark.parametrize('frozen, branches', [
-    (False, dict()),
-    (False, dict(drop_branch='both')),
-    (False, dict(patch_branch='query')),
-    (True, dict()),
-])
+    (False, dict(drop_branch='both')), (True, dict(patch_branch='query'))])
 @pytest.mark.parametrize('name', METHODS)
 def test_flops_of_the_passes_equal_torchs_counter(name, frozen, branches):
     """Of 4 images less 2: what a step does once, such as the kernel's resize, cancels.
@@ -162,19 +146,17 @@ def test_costs_and_budgets_of_the_paper():
     assert UNIT == pytest.approx(2 * 17.56e9, rel=5e-4)       # as the literature has it
     moco = paper_cost(MoCo)
     assert moco == pytest.approx(4 + 0.0051 - 0.0066, abs=1e-4)
-    budgets = {60: 307, 120: 615, 200: 1025, 300: 1537, 600: 3075, 1200: 6150}
-    for epochs, millions in budgets.items():
+    for epochs, millions in ((60, 307), (300, 1537), (1200, 6150)):
         assert epochs * 1.281167 * moco == pytest.approx(millions, rel=2e-3)
     assert paper_cost(MoCo, symmetric=True) == pytest.approx(2 * moco)
     assert paper_cost(SimCLR) == pytest.approx(6, rel=2e-3)
 
 
-@pytest.mark.parametrize('function, arguments, message', [
-    (Compression.parse, ['p8-drop'], "'p8-drop' is not a compression"),
-    (Compression.parse, ['p2.5'], "'p2.5' is not a compression; write p24 or p24-drop0.50"),
-    (Compression.parse, ['p24-drop-0.1'], 'drop rate -0.1 is outside'),
-    (num_keep, [196, 1.0], 'drop rate 1.0'),
+@pytest.mark.parametrize('text, message', [
+    ('p8-drop', "'p8-drop' is not a compression; write p24 or p24-drop0.50"),
+    ('p2.5', "'p2.5' is not"),
+    ('p24-drop1.0', 'drop rate 1.0 is outside'),
 ])
-def test_arguments_out_of_range(function, arguments, message):
+def test_wrong_names_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
-        function(*arguments)
+        Compression.parse(text)

@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from eval import (RATES, Recipe, Setting, features_of, finetune, fit_linear, knn_predict,
-                  linear_sweep, main, neighbours, training_batches)
+                  linear_sweep, main)
 from images.data import Images, load
 from images.views import keyed_generator
 from vit import ViT
@@ -33,12 +33,6 @@ def small_vit(in_chans=1, **settings):
     return ViT(28, 4, in_chans, embed_dim=32, depth=1, num_heads=2, **settings)
 
 
-def same_for_both(images, labels):
-    """A data set whose training images are scored."""
-    return Images('x', 'abcdefghij', dict(train=labels, test=labels),
-                  dict(train=images, test=images))
-
-
 @pytest.fixture(scope='module')
 def fashion(tiny_fashion):
     """320 training and 60 test images of a bright square, whose place is the class."""
@@ -47,7 +41,7 @@ def fashion(tiny_fashion):
 
 # ---- nearest neighbours
 
-@pytest.mark.parametrize('k', (1, 20, 200))
+@pytest.mark.parametrize('k', (1, 20))
 def test_neighbours_vote_as_lightlys_in_chunks_of_any_size(k):
     bank, labels = clusters(2000, 0)
     queries, truth = clusters(500, 1)
@@ -56,21 +50,6 @@ def test_neighbours_vote_as_lightlys_in_chunks_of_any_size(k):
     for chunk in (500, 99):
         assert torch.equal(knn_predict(queries, bank, labels, 10, k, chunk=chunk), theirs)
     assert 0.3 < (theirs == truth).float().mean() < 0.99
-    # exp(1 / 0.001) is infinite in float32; at so low a temperature the nearest decides
-    nearest = knn_predict(queries, bank, labels, 10, 1)
-    assert torch.equal(knn_predict(queries, bank, labels, 10, k, temperature=1e-3), nearest)
-
-
-@pytest.mark.parametrize('training', (True, False))
-def test_the_nearest_copy_is_always_right_and_scoring_leaves_no_trace(training, fashion):
-    data = same_for_both(fashion.pixels['train'], fashion.labels['train'])
-    encoder = small_vit().train(training)
-    random_state = torch.get_rng_state()
-    scores, *sizes = neighbours(encoder, data, Setting(28, 4, data.mean, data.std), 100, 30)
-    assert sizes == [100, 30]
-    assert scores[1] == 100 > scores[20]
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(module.training == training for module in encoder.modules())
 
 
 # ---- features
@@ -79,7 +58,8 @@ def test_features_are_the_class_tokens_of_whole_normalized_images():
     """28 px at patch size 5 are 30 px, 36 tokens. 310 images are two batches."""
     encoder = small_vit(in_chans=3)
     images = torch.randint(256, (310, 3, 28, 28), dtype=torch.uint8)
-    data = same_for_both(images, torch.arange(310) % 10)
+    data = Images('x', 'a', dict(train=torch.arange(1), test=torch.arange(310) % 10),
+                  dict(train=images, test=images))
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     ids = torch.arange(310).flip(0)
     inputs = (encoder, data, 'test', ids, Setting(28, 5, mean, std))
@@ -130,10 +110,6 @@ def test_the_probe_finds_classes_and_chooses_its_rate_without_the_test_images():
     assert found['right'] > 99 and abs(found['shuffled'] - 10) < 4
     assert tuple(held_out) == RATES
     assert held_out[best] == max(held_out.values()) > 98
-    # labels without a pattern are learned by heart, but not those that are held out
-    noise = (torch.randn(200, 64), torch.randint(10, (200,)))
-    score, _, held_out = linear_sweep(noise, noise, 10, 'cpu', 20)
-    assert score > 70 and max(held_out.values()) < 50
 
 
 # ---- fine-tuning
@@ -153,22 +129,6 @@ def test_finetuning_learns_a_small_set_by_heart(fashion):
     for key, value in encoder.state_dict().items():
         assert torch.equal(value, before[key])
         assert torch.equal(model.encoder.state_dict()[key], value) == (key == 'pos_embed'), key
-
-
-def test_an_epoch_shows_each_image_once_with_its_label():
-    """Each image has a brightness that a crop keeps. Of 50, 3 batches of 16 leave two out."""
-    ids = torch.arange(50)
-    images = (5 * ids.byte()).view(50, 1, 1, 1).repeat(1, 1, 28, 28)
-    recipe = Recipe(epochs=2, batch_size=16, lr=1e-2, warmup=0.25, crop_scale=0.9, smoothing=0.1)
-    setting = Setting(28, 8, (0.5,), (0.2,))
-    batches = list(training_batches(same_for_both(images, ids), ids, setting, recipe, seed=0))
-    for crops, labels in batches:
-        assert crops.shape == (16, 1, 32, 32)
-        shown = (crops * 0.2 + 0.5) * 255 / 5
-        assert error(shown, labels.view(-1, 1, 1, 1)) < 0.01
-    first, second = torch.cat([labels for _, labels in batches]).split(48)
-    assert len(first.unique()) == len(second.unique()) == 48
-    assert not torch.equal(first, second)                                     # another order
 
 
 # ---- command line
@@ -203,33 +163,20 @@ def test_a_run_is_scored_as_in_training(run, score):
 def test_a_line_says_what_the_score_depends_on(score):
     """28 px in patches of 8: rendered at 32 px, 4 x 4 patches."""
     lines = score('--patch-size 4 8 --limit 100')
-    assert [line['name'] for line in lines] == ['NN', '20-NN'] * 2
-    assert [line['tokens'] for line in lines] == [50, 50, 17, 17]
+    assert [(line['name'], line['tokens']) for line in lines] == [
+        ('NN', 50), ('20-NN', 50), ('NN', 17), ('20-NN', 17)]
     depends_on = dict(img_size=28, patch_size=8, mean=[0.3], std=[0.3], dataset='fashion_mnist',
                       weights='backbone.pt', bank=100, queries=60)
     assert depends_on.items() <= lines[3].items()
-    share = lines[3]['score'] / 100
-    assert lines[3]['error'] == pytest.approx(100 * (share * (1 - share) / 60) ** 0.5)
 
 
-def test_trained_protocols_learn(score):
-    """Chance is 10 %, with an error of 3.9 %. 300 images make 20 batches of 15, not 4 of 64."""
-    linear, tuned = score('--protocol linear finetune --epochs 4 --lr 0.05 --limit 300 '
-                          '--img-size 32')
-    assert linear['bank'] == tuned['bank'] == 300
-    assert linear['score'] > 25 and tuned['score'] > 25
-    assert tuned['batch_size'] == 15
-    assert len(tuned['losses']) == 4 and tuned['losses'][-1] < tuned['losses'][0]
-
-
-@pytest.mark.parametrize('flags, kind, message', (
-    ('--limit 19', ValueError, 'k 20 must be from 1 to the 19 images'),
-    ('--mean 0.5 0.5', ValueError, '1 channels, fashion_mnist has 1, --mean 2 and --std 1'),
-    ('--weights timm.pth --num-heads 2', ValueError, 'was trained on; add --dataset'),
-    ('--protocol finetune --lr 1e12', FloatingPointError, 'the loss is nan; lower --lr'),
+@pytest.mark.parametrize('flags, message', (
+    ('--limit 19', 'k 20 must be from 1 to the 19 images'),
+    ('--weights timm.pth --num-heads 2', 'was trained on; add --dataset'),
+    ('--protocol finetune --lr 1e12', 'the loss is nan; lower --lr'),
 ))
-def test_what_cannot_be_scored_is_said(flags, kind, message, score):
-    with pytest.raises(kind, match=message):
+def test_what_cannot_be_scored_is_said(flags, message, score):
+    with pytest.raises((ValueError, FloatingPointError), match=message):
         score(flags)
 
 

@@ -1,4 +1,5 @@
 """What the README shows is run as it stands there; what it promises is compared with the runs."""
+import importlib
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from vit import ViT
 
 README = (ROOT / 'README.md').read_text()
 PAGE, COPIES = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
-SNIPPETS = COPIES.split('\n\n')
+IMPORTS, *SNIPPETS = COPIES.split('\n\n')
 
 
 def test_the_whole_method_runs_and_learns(capsys):
@@ -29,7 +30,13 @@ def test_a_snippet_runs_as_it_is_shown(snippet, tmp_path, monkeypatch):
                      mean=(0.5,) * 3, std=(0.25,) * 3)
     torch.save(dict(model=encoder.state_dict(), config=encoder.config, transform=transform),
                'runs/fast/backbone.pt')
-    exec(compile(snippet, 'README.md', 'exec'), {})
+    exec(compile(f'{IMPORTS}\n{snippet}', 'README.md', 'exec'), {})
+
+
+@pytest.mark.parametrize('name', ['compress', 'gradstats', 'losses', 'schedule', 'vit',
+                                  'images.views', 'images.data'])
+def test_a_file_proves_its_claims(name):
+    importlib.import_module(name).self_check()
 
 
 def test_the_first_table_says_what_the_runs_say():

@@ -10,7 +10,7 @@ from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 
 import schedule as schedule_file
 from compress import Compression
-from schedule import Schedule, ca_mse, cosine, polynomial, ramp, solve, warmup
+from schedule import Schedule, ca_mse, cosine, polynomial, solve
 
 P4, P8, DROPPED = Compression(4), Compression(8), Compression(8, 0.5)
 
@@ -27,38 +27,24 @@ def test_curves_equal_timms(ours, theirs, options):
     assert ours(1) == 0
 
 
-def test_ramps_by_hand():
-    momentum = [ramp(0.99, 1, p) for p in (0, 0.25, 1)]                   # MoCo-v3's
-    assert momentum == pytest.approx([0.99, 0.99146447, 1], abs=1e-8)
-    assert [warmup(p, 0.2) for p in (0, 0.1, 0.2, 0.9)] == [0, 0.5, 1, 1]
-    assert warmup(0, 0) == 1
-
-
 def test_a_stage_begins_at_its_progress():
     schedule = Schedule.parse('p8-drop0.50@0, p8@0.25,p4@0.7')
-    assert schedule.at(0) == schedule.at(0.2499) == DROPPED
-    assert schedule.at(0.25) == schedule.at(0.6999) == P8
-    assert schedule.at(0.7) == schedule.at(1) == P4
+    assert [schedule.at(p) for p in (0, 0.2499, 0.25, 0.6999, 0.7, 1)] == [
+        DROPPED, DROPPED, P8, P8, P4, P4]
     assert schedule.spans() == [(0, 0.25, DROPPED), (0.25, 0.7, P8), (0.7, 1, P4)]
-    assert Schedule.parse('p8').spans() == [(0, 1, P8)]
-    with pytest.raises(ValueError, match='progress 1.5 is outside'):
-        schedule.at(1.5)
 
 
-@pytest.mark.parametrize('start', (0.25, 1 / 3, 0.1 + 0.2, 1e-7, 0.9999999))
-def test_the_text_of_a_schedule_is_read_back(start):
+def test_the_text_of_a_schedule_is_read_back():
     """To the last digit: a resumed run reads the text."""
-    schedule = Schedule(((0.0, DROPPED), (start, P4)))
-    assert Schedule.parse(str(schedule)) == schedule
+    for start in (0.25, 1 / 3, 1e-7, 0.9999999):
+        schedule = Schedule(((0.0, DROPPED), (start, P4)))
+        assert Schedule.parse(str(schedule)) == schedule
 
 
 @pytest.mark.parametrize('text, message', [
-    ('', "'' is not a compression"),
     ('p8@x', "stage 'p8@x' of the schedule is not NAME@PROGRESS"),
     ('p8@0.1', 'begins at progress 0, not 0.1'),
-    ('p8@0,p4@0', r'not at \[0.0, 0.0\]'),
     ('p8@0,p4@0.9,p2@0.5', r'not at \[0.0, 0.9, 0.5\]'),
-    ('p8@0,p4@1', r'not at \[0.0, 1.0\]'),
     ('p8@0,p4@nan', r'not at \[0.0, nan\]'),
 ])
 def test_wrong_schedules_are_refused(text, message):
@@ -123,7 +109,6 @@ GOOD = table({'p4': (1, 1, [0, 0]), 'p8': (0.25, 1, [0.1, 2])}, (0.25, 0.75))
 
 @pytest.mark.parametrize('rows, message', [
     (GOOD[:-1], r'has 3 rows; it needs every strategy \(p4, p8\) once'),
-    (GOOD + GOOD[:1], 'has 5 rows'),
     ([*GOOD[:3], dict(GOOD[3], norm2=0.1, norm2_sem=0.2)],
      r'norm2 is 0.1 \+- 0.2 at progress 0.75: the true gradient is lost in noise'),
     ([*GOOD[:3], dict(GOOD[3], norm2=math.nan)], 'norm2 is nan'),
@@ -135,17 +120,12 @@ def test_a_wrong_table_is_refused(rows, message):
 
 # ---- the command
 
-@pytest.mark.parametrize('flags, samples, text', [
-    ([], '2.50', 'p8@0,p4@0.5'),                               # 0.5 / 0.25 + 0.5
-    (['--metric', 'euclidean'], '1.00', 'p4@0')])
-def test_the_command_prints_a_schedule_for_train(flags, samples, text, tmp_path, monkeypatch,
-                                                 capsys):
-    """Of a table of two metrics the first one is taken."""
+def test_the_command_prints_a_schedule_for_train(tmp_path, monkeypatch, capsys):
+    """Of a table of two metrics the first one is taken. 0.5 / 0.25 + 0.5 is 2.5."""
     path = tmp_path / 'gradstats.jsonl'
     rows = GOOD + [dict(row, metric='euclidean', bias2=9 - 9 * row['cost']) for row in GOOD]
     path.write_text('\n'.join(map(json.dumps, rows)))
-    monkeypatch.setattr('sys.argv', ['schedule.py', str(path), *flags])
+    monkeypatch.setattr('sys.argv', ['schedule.py', str(path)])
     schedule_file.main()
-    *_, more, last = capsys.readouterr().out.splitlines()
-    assert more == f'{samples} times as many samples as uncompressed'
-    assert last == f'--schedule {text}'
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        '2.50 times as many samples as uncompressed', '--schedule p8@0,p4@0.5']
