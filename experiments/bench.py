@@ -91,10 +91,11 @@ def step(args):
         functions = {case: partial(ours, case) for case in SMALL}
         functions['usual'] = trainer(usual, usual_loss)
         ms = in_turns(functions, args.rounds)
-        base_cost = units(strategy_of('p4 full'), *sizes)
+        heads = [head for *_, head in method.passes()]
+        base_cost = units(strategy_of('p4 full'), *sizes, heads)
         for case in SMALL:
             relative = ms[case] / ms['p4 full']
-            unit = relative * base_cost / units(strategy_of(case), *sizes)
+            unit = relative * base_cost / units(strategy_of(case), *sizes, heads)
             faster = ms['usual'] / ms[case]
             print(f'| {width} | {case} | {ms[case]:.1f} | {unit:.2f} | {faster:.2f} |', flush=True)
 

@@ -6,7 +6,8 @@
     python experiments/pictures.py gradstats runs/A/gradstats.jsonl  # bias, variance, CA-MSE
     python experiments/pictures.py headline                          # accuracy over budget
 
-A strategy has one colour in all pictures. They are 8 inches wide, to be shown at 800 pixels.
+Where no run is named, the newest are taken. A strategy has one colour in all pictures. They are 8
+inches wide, to be shown at 800 pixels.
 
 Shapes: n queries, m images of the bank, k neighbours, c channels, d width, h w image or grid.
 """
@@ -77,12 +78,12 @@ def seen(photo, tau, side=224, base=16):
     return torch.where(mask > 0, image, 1.0)
 
 
-def units(tau, side=224, base=16, width=768, depth=12):
-    """Of a training sample of MoCo-v3: query forward and backward, key forward; without heads."""
+def units(tau, side=224, base=16, width=768, depth=12, heads=((), ())):  # noqa: PLR0913
+    """Of a training sample of MoCo-v3: query forward and backward, key forward, and their heads."""
     sizes = 3 * base ** 2, width, depth
     n = patches_per_side(side, tau.patch_size) ** 2
-    query = pass_flops(num_keep(n, tau.drop_rate), *sizes, trains=True)
-    key = pass_flops(n, *sizes)
+    query = pass_flops(num_keep(n, tau.drop_rate), *sizes, head=heads[0], trains=True)
+    key = pass_flops(n, *sizes, head=heads[1])
     return (query + key) / pass_flops((side // base) ** 2, *sizes)
 
 
@@ -110,8 +111,15 @@ def compression(image=RESULTS.with_name('cat.jpg')):
 
 # ---------------------------------------------------------------- curves
 
+def newest(count):
+    """The newest runs below runs/, the oldest of them first."""
+    logs = sorted(Path('runs').glob('*/log.jsonl'), key=lambda path: path.stat().st_mtime)
+    return [path.parent for path in logs[-count:]]
+
+
 def curves(*runs):
     """20-NN of runs over seconds and over units; how much sooner the better of two is as good."""
+    runs = runs or newest(2)
     figure = Figure((8, 3.4))
     axes = figure.subplots(1, 2, sharey=True)
     for axis, clock in zip(axes, ('seconds', 'units')):
@@ -157,9 +165,9 @@ def draw_neighbours(axes, queries, bank, title):
     axes[0, 2].set_title(f'{title}: {same.sum()} of {same.numel()} of the same class')
 
 
-def neighbours(run, data_root='data'):
+def neighbours(run=None, data_root='data'):
     """Test images and their neighbours, under a random and under the trained network."""
-    trained, info = load_backbone(Path(run) / 'backbone.pt')
+    trained, info = load_backbone(Path(run or newest(1)[0]) / 'backbone.pt')
     torch.manual_seed(0)                # the same random network each time
     random = ViT(**trained.config)
     data = load(info['dataset'], data_root)
