@@ -32,7 +32,7 @@ operations have the shape b 1 1 1: one value per image, the same for all its pix
 import hashlib
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -247,16 +247,7 @@ def crop_and_flip(images, view, draws):
     cols = torch.where(flip, cols.flip(1), cols)
     rows = shrink(rows, view.patches)
     cols = shrink(cols, view.patches)
-    return separable(images, rows, cols).clamp(*limits(view))
-
-
-def limits(view):
-    """Darkest and lightest value. Bicubic overshoots, and is cut off as in torchvision.
-
-    Least squares overshoots by more, at every edge, and the encoder of the full picture sees that:
-    cut off at 0 and 1, the rendered shapes lose 1 to 2 points.
-    """
-    return (0, 1) if view.patches[0] == view.patches[1] else (-0.6, 1.6)
+    return separable(images, rows, cols)
 
 
 def to_float(images):
@@ -300,7 +291,7 @@ def luminance(images):
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def blend(images, operation, factor, limits=(0, 1)):
+def blend(images, operation, factor):
     """f image + (1 - f) reference. The operation is 0 brightness, 1 contrast or 2 saturation."""
     operation, factor = onto(images, operation, factor)
     is_contrast = (operation == 1).float()
@@ -308,7 +299,7 @@ def blend(images, operation, factor, limits=(0, 1)):
     light = luminance(images)
     mean = light.mean(dim=(2, 3), keepdim=True)
     reference = is_contrast * mean + is_saturation * light   # 0, which is black, for brightness
-    return torch.lerp(reference, images, factor).clamp(*limits)
+    return torch.lerp(reference, images, factor).clamp(0, 1)
 
 
 def turn_hue(images, turns):
@@ -337,14 +328,14 @@ def turn_hue(images, turns):
     return low + chroma * full
 
 
-def color_jitter(images, operations, factors, hue_place, turns, limits=(0, 1)):
+def color_jitter(images, operations, factors, hue_place, turns):
     """Brightness, contrast, saturation and hue. Each image has its own order of the four."""
     for place in range(4):
         images = apply_where(hue_place == place, turn_hue, images, turns)
         if place < 3:
             operation = operations[:, place]
             factor = factors[:, place]
-            images = blend(images, operation, factor, limits)
+            images = blend(images, operation, factor)
     return images
 
 
@@ -381,11 +372,11 @@ def apply_where(chosen, function, images, *parameters):
     return images.index_copy(0, ids, changed)
 
 
-def recolor(images, draws, limits=(0, 1)):
+def recolor(images, draws):
     """Jitter, grayscale, blur and solarization, in this order."""
     images = apply_where(
         draws['jitter'],
-        partial(color_jitter, limits=limits),
+        color_jitter,
         images,
         draws['operations'],
         draws['factors'],
@@ -443,9 +434,11 @@ def draw(b, h, w, view, generator):
 
 
 def make_view(images, view, generator=None, cropped=False):
-    """One view of each image: float32 (b c s s) within `limits`, s = view.rendered.
+    """One view of each image: float32 (b c s s) in [0, 1], s = view.rendered.
 
-    cropped: the images are random crops of this side already, and are recoloured alone.
+    cropped: the images are random crops of this side already, and are recoloured alone. Least
+    squares overshoots [0, 1] at edges, and the encoder of the full picture sees that too: what
+    lies outside is taken off for the colours and put back behind them.
     """
     check_images(images)
     b, _, h, w = images.shape
@@ -460,7 +453,11 @@ def make_view(images, view, generator=None, cropped=False):
         pixels = to_float(images[part])
         if not cropped:
             pixels = crop_and_flip(pixels, view, its_draws)
-        parts.append(recolor(pixels, its_draws, limits(view)))
+        inside = pixels.clamp(0, 1)
+        colored = recolor(inside, its_draws)
+        if view.rendered != view.side:
+            colored = colored + (pixels - inside)
+        parts.append(colored)
     return torch.cat(parts)
 
 
