@@ -138,8 +138,8 @@ def build_parser():
     add('--schedule', type=names, default='default',
         help='none, a strategy (p8-drop0.50), stages (p8@0,p4@0.7), or default: twice the patch '
              'size, half of the tokens')
-    add('--views', default='small', choices=('small', 'full'),
-        help='full: larger patches are rendered with all their pixels, as in the paper')
+    add('--views', default='full', choices=('full', 'small'),
+        help='small: larger patches are rendered at the pixels that the encoder reads; faster')
     add('--drop-branch', default='query', choices=('query', 'both'), help='who drops tokens')
     add('--patch-branch', default='both', choices=('query', 'both'),
         help='who sees larger patches; query: the key stays uncompressed')

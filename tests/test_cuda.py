@@ -26,7 +26,8 @@ def start(tmp_path, monkeypatch, tiny_fashion):
     monkeypatch.chdir(tmp_path)
 
     def set_up(method, device, *flags):
-        common = [*SMALL, '--data-root', str(tiny_fashion), '--budget', '0.01']
+        common = [*SMALL, '--data-root', str(tiny_fashion), '--budget', '0.01',
+                  '--views', 'small']
         args, _ = train.parse_args([*common, '--method', method, '--device', device, *flags])
         return train.set_up(args)
     return set_up

@@ -67,7 +67,7 @@ def photos(tmp_path_factory):
 
 @pytest.mark.parametrize('flags', [
     ('--method', 'simclr'), ('--method', 'dino', '--local-crops', 2),
-    ('--symmetric', '--patch-branch', 'query'), ('--drop-branch', 'both', '--views', 'full'),
+    ('--symmetric', '--patch-branch', 'query'), ('--drop-branch', 'both', '--views', 'small'),
     ('--freeze-patch-embed', '--lr-schedule', 'polynomial', '--schedule', 'p4@0,p8-drop0.25@0.5')])
 def test_every_variant_trains(run, flags):
     folder = run(*flags, '--budget', 0.001, '--name', 'a') / 'a'
@@ -77,7 +77,7 @@ def test_every_variant_trains(run, flags):
 
 def test_one_step_of_moco_by_hand(run, tiny_fashion):
     """The loss, AdamW's step and the teacher's, written out beside the first step of a run."""
-    flags = ('--schedule', 'p8-drop0.50', '--warmup', 0, '--budget', 0.000014)
+    flags = ('--schedule', 'p8-drop0.50', '--views', 'small', '--warmup', 0, '--budget', 0.000014)
     saved = run(*flags, '--name', 'a', '--eval-every', 0) / 'a'
     ours = started(*flags, '--name', 'b', root=tiny_fashion)
     method, tau = ours.method, Compression(8, 0.5)
@@ -133,11 +133,12 @@ def test_a_sample_costs_its_passes(tiny_fashion, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('flags, sides', [
-    (('--schedule', 'p12'), [12, 12]),                     # 3 x 3 patches of 12 px, of 36 in all
-    (('--schedule', 'p12', '--views', 'full'), [36, 36]),
-    (('--schedule', 'p12', '--patch-branch', 'query'), [32, 32]),
-    (('--schedule', 'p2'), [32, 32]),                      # smaller patches need all pixels
-    (('--schedule', 'p8', '--method', 'dino', '--local-crops', '1'), [16, 16, 8])])
+    (('--schedule', 'p12', '--views', 'small'), [12, 12]), # 3 x 3 patches of 12 px, of 36 in all
+    (('--schedule', 'p12'), [36, 36]),
+    (('--schedule', 'p12', '--views', 'small', '--patch-branch', 'query'), [32, 32]),
+    (('--schedule', 'p2', '--views', 'small'), [32, 32]),  # smaller patches need all pixels
+    (('--schedule', 'p8', '--views', 'small', '--method', 'dino', '--local-crops', '1'),
+     [16, 16, 8])])
 def test_views_have_the_pixels_that_the_encoder_reads(flags, sides):
     args, _ = train.parse_args([*flags])
     tau = train.build_schedule(args).at(0)
@@ -289,7 +290,7 @@ def test_two_processes_stop_and_go_on(tmp_path, tiny_fashion):
     assert result.returncode == 0, result.stderr
     printed = result.stdout
     assert 'go on with torchrun --nproc_per_node 2 train.py --resume' in printed
-    assert printed.count('refused: process') == 2 and 'disk that all processes share' in printed
+    assert 'refused: process' in printed and 'disk that all processes share' in printed
     assert 'cpu, 2 processes,' in printed and 'goes on at step 4, ' in printed
     assert_equal_runs(tmp_path / 'runs' / 'whole', tmp_path / 'runs' / 'parts')
 
