@@ -83,4 +83,4 @@ if __name__ == '__main__':
             too_much.append(f'{room} has {totals[2]:,} tokens')
         if room == 'product' and totals[2] / totals[1] > DENSITY:
             too_much.append(f'product has {totals[2] / totals[1]:.1f} tokens a line')
-    sys.exit('; '.join(too_much))
+    sys.exit('; '.join(too_much) or None)

@@ -104,7 +104,7 @@ def test_the_recipe_with_the_best_mean_of_the_search_is_chosen():
     scores = {'': (50, 50), 'batch64': (60, 45), 'jitter2': (54, 53), 'crop0.6': (1, 1)}
     records = searched({**scores, 'jitter2-batch64': (2, 2)})
     assert reproduce.chosen(records, 'shapes', 'p8@0,p4@0.5') == 'jitter2'
-    with pytest.raises(ValueError, match='shapes-moco-p8-jitter2-batch64-0.08M-seed10-small is no'):
+    with pytest.raises(ValueError, match='shapes-moco-p8-jitter2-batch64-0.08M-seed10 is no'):
         reproduce.chosen(searched(scores), 'shapes', 'p8')
 
 
@@ -124,7 +124,7 @@ def test_commands_are_those_of_train_and_none_runs_twice(study, monkeypatch):
     assert len(set(map(reproduce.name_of, runs))) == len(runs)
     for run in runs[::7]:
         args, _ = train.parse_args(reproduce.flags_of(run))
-        assert (args.budget, args.views) == (run.budget, run.views or 'small')
+        assert (args.budget, args.views) == (run.budget, run.views or 'full')
 
 
 # ---- run and collect
@@ -180,7 +180,7 @@ def test_the_table_of_runs_has_means_and_scores_of_eval():
 def test_the_chosen_recipes_are_compared_once_they_are_judged(monkeypatch):
     records = [record('none', 0.32, 0, 50.0), record('none', 0.32, 0, 55.0, variant='jitter2'),
                record('p8', 0.32, 0, 70.0), record('none', 0.32, 0, 53.0, variant='batch64'),
-               record('p8', 0.32, 0, 71.0, variant='batch64', views='small')]
+               record('p8', 0.32, 0, 71.0, variant='batch64')]
     for chosen, scores in ((reproduce.chosen, [55, 70]), (lambda *key: 'batch64', [53, 71])):
         monkeypatch.setattr(reproduce, 'chosen', chosen)
         sides = reproduce.sides(records, 'shapes')
