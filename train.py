@@ -550,8 +550,13 @@ def announce(run):
         say('score     none: it needs two classes and 20 labelled training images')
 
 
+def progress_of(run):
+    """The clock of every schedule. The last step may spend a little more than the budget."""
+    return min(1.0, run.state.units / run.budget)
+
+
 def percent(run):
-    return f'{min(100, 100 * run.state.units / run.budget):.0f} %'
+    return f'{100 * progress_of(run):.0f} %'
 
 
 def tokens_of(args, strategy):
@@ -624,7 +629,7 @@ def log(run, loss, metrics, strategy, lr, momentum):
         return
     metrics = {name: float(value) for name, value in metrics.items()}
     append(run.folder / 'log.jsonl', dict(
-        step=state.step, progress=min(1.0, state.units / run.budget), units=state.units, loss=loss,
+        step=state.step, progress=progress_of(run), units=state.units, loss=loss,
         lr=lr, momentum=momentum, strategy=str(strategy), tokens=tokens_of(run.args, strategy),
         seconds=state.seconds, waiting=state.waiting, **metrics))
     warning = state.step >= 50 and not state.warned and collapse(metrics, run.args.out_dim)
@@ -635,7 +640,7 @@ def log(run, loss, metrics, strategy, lr, momentum):
     left = tqdm.format_interval(max(0, (run.budget - state.units) / speed))
     text = f'loss {loss:.3f}  {strategy}  {speed:,.0f} units/s  {left} left'
     run.bar.set_postfix_str(text, refresh=False)
-    run.bar.update(min(100, 100 * state.units / run.budget) - run.bar.n)
+    run.bar.update(100 * progress_of(run) - run.bar.n)
     if run.bar.disable and time.perf_counter() - run.said > 60:      # in a file, a line a minute
         run.said = time.perf_counter()
         say(f'{percent(run):>5}  {text}')
@@ -647,7 +652,7 @@ def score(run):
     setting = Setting(args.img_size, args.patch_size, data.mean, data.std, run.device, args.workers)
     scores, bank, queries = neighbours(run.method.encoder, data, setting, 10_000, 5_000)
     append(run.folder / 'log.jsonl', dict(
-        step=state.step, progress=min(1.0, state.units / run.budget), units=state.units,
+        step=state.step, progress=progress_of(run), units=state.units,
         seconds=state.seconds, nn=scores[1], knn=scores[20], bank=bank, queries=queries))
     when = f'{percent(run)} of the budget' if state.step else 'random network'
     say(f'{when}: {scores[20]:.2f} % 20-NN, {scores[1]:.2f} % NN, uncompressed, {bank} bank and '
@@ -717,7 +722,7 @@ def save_run(run):
 def now_and_then(run, stopping=False):
     """Scores, gradient errors and checkpoints that are due. What is due at a stop is left to it."""
     state = run.state
-    progress = min(1.0, state.units / run.budget)
+    progress = progress_of(run)
 
     def due(marks):
         return [mark for mark in marks if state.seen < mark <= progress]

@@ -12,6 +12,7 @@ inches wide, to be shown at 800 pixels.
 Shapes: n queries, m images of the bank, k neighbours, c channels, d width, h w image or grid.
 """
 import argparse
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -29,9 +30,8 @@ from reproduce import speed_up_text, speed_ups
 
 sys.path.insert(0, str(ROOT))
 from compress import Compression, num_keep, pass_flops, patches_per_side, random_keep  # noqa: E402
-from eval import Setting, features_of  # noqa: E402
 from images.data import load  # noqa: E402
-from images.views import keyed_generator, resize, separable, shrink  # noqa: E402
+from images.views import keyed_generator, normalize, resize, separable, shrink  # noqa: E402
 from schedule import ca_mse, load_table  # noqa: E402
 from vit import ViT, load_backbone  # noqa: E402
 
@@ -89,14 +89,12 @@ def units(tau, side=224, base=16, width=768, depth=12, heads=((), ())):  # noqa:
 
 def compression(image=RESULTS.with_name('cat.jpg')):
     """An image as the network sees it: with tokens dropped, in larger patches."""
-    square = ImageOps.fit(Image.open(image).convert('RGB'), (448, 448))
-    photo = pil_to_tensor(square)[None]
+    photo = pil_to_tensor(ImageOps.fit(Image.open(image).convert('RGB'), (448, 448)))[None]
     figure = Figure((8, 5.3))
     axes = figure.subplots(2, 4)
     # p16-drop0.75 and p30 leave the same number of tokens, as in the paper's table 3
     names = 'p16 p16-drop0.50 p16-drop0.75 p16-drop0.90 p24 p30 p40 p48'
-    for axis, name in zip(axes.flat, names.split()):
-        tau = Compression.parse(name)
+    for axis, tau in zip(axes.flat, map(Compression.parse, names.split())):
         h = patches_per_side(224, tau.patch_size)
         show(axis, seen(photo, tau), extent=(0, h, h, 0))
         axis.hlines(range(1, h), 0, h, 'white', linewidth=0.6)
@@ -113,7 +111,7 @@ def compression(image=RESULTS.with_name('cat.jpg')):
 
 def newest(count):
     """The newest runs below runs/, the oldest of them first."""
-    logs = sorted(Path('runs').glob('*/log.jsonl'), key=lambda path: path.stat().st_mtime)
+    logs = sorted(Path('runs').glob('*/log.jsonl'), key=os.path.getmtime)
     return [path.parent for path in logs[-count:]]
 
 
@@ -165,24 +163,29 @@ def draw_neighbours(axes, queries, bank, title):
     axes[0, 2].set_title(f'{title}: {same.sum()} of {same.numel()} of the same class')
 
 
+@torch.no_grad()
 def neighbours(run=None, data_root='data'):
     """Test images and their neighbours, under a random and under the trained network."""
     trained, info = load_backbone(Path(run or newest(1)[0]) / 'backbone.pt')
     torch.manual_seed(0)                # the same random network each time
     random = ViT(**trained.config)
     data = load(info['dataset'], data_root)
-    setting = Setting(random.config['img_size'], random.patch_size, info['mean'], info['std'])
-    splits = [(split, data.labelled_ids(split, count))
-              for split, count in (('test', 8), ('train', 5_000))]
-    pictures, bank = [torch.cat([batch for batch, _ in data.scored(*split, setting.side)])
-                      for split in splits]
+    shown = []                          # (pictures in parts, labels) of the queries and the bank
+    for split, count in (('test', 8), ('train', 5_000)):
+        parts, ids = zip(*data.scored(split, data.labelled_ids(split, count),
+                                       random.config['img_size']))
+        shown.append((parts, data.labels[split][torch.cat(ids)]))
+    (pictures,), bank = shown[0][0], torch.cat(shown[1][0])
     figure = Figure((8, 6.2))
-    parts = figure.subfigures(1, 2)
-    for part, encoder, title in zip(parts, (random, trained), ('random', 'trained')):
+    for part, encoder in zip(figure.subfigures(1, 2), (random, trained)):
         axes = part.subplots(8, 6)
         for axis, picture in zip(axes[:, 0], pictures):
             show(axis, picture)
-        queries, found = [features_of(encoder, data, *split, setting) for split in splits]
+        queries, found = [
+            (torch.cat([encoder(normalize(part, info['mean'], info['std'])) for part in parts]),
+             labels)
+            for parts, labels in shown]
+        title = 'trained' if encoder is trained else 'random'
         draw_neighbours(axes[:, 1:], queries, (*found, bank), title)
     figure.supxlabel('on the left test images; framed: a neighbour of another class', fontsize=8)
     return figure

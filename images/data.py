@@ -103,6 +103,14 @@ def stratified(labels, count):
     return torch.cat(chosen).sort().values
 
 
+def labelled(labels, limit=None):
+    """Positions of labels (n) that are not -1, sorted. With a limit, a stratified random subset."""
+    ids = (labels >= 0).nonzero()[:, 0]
+    if limit and limit < len(ids):
+        ids = ids[stratified(labels[ids], limit)]
+    return ids
+
+
 # ---------------------------------------------------------------- pixels of a file
 
 def to_rgb(image):
@@ -272,10 +280,7 @@ class Images:
 
     def labelled_ids(self, split, limit=None):
         """The ids (n) of the labelled images, sorted. With a limit, a stratified random subset."""
-        ids = (self.labels[split] >= 0).nonzero()[:, 0]
-        if limit and limit < len(ids):
-            ids = ids[stratified(self.labels[split][ids], limit)]
-        return ids
+        return labelled(self.labels[split], limit)
 
     def batches(self, steps, seed=0, workers=0):
         """(images, labels (b)) for each (keys, Augmentations) of steps; keys are (index, epoch).
@@ -405,8 +410,8 @@ def load_folder(root, say=print):
              for split, folder in (('train', train), ('test', test))}
     if classes and not test:
         # a stratified tenth is scored; the network is pretrained on it too, without its labels
-        held = (labels['train'] >= 0).nonzero()[:, 0]
-        held = held[stratified(labels['train'][held], math.ceil(len(held) / 10))]
+        count = len(labelled(labels['train']))
+        held = labelled(labels['train'], math.ceil(count / 10))
         files['test'] = [files['train'][i] for i in held]
         labels['test'] = labels['train'][held]
         labels['train'] = labels['train'].index_fill(0, held, -1)
