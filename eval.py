@@ -25,7 +25,6 @@ Shapes: b batch, n images, m images of the bank, d width, c classes, r rates.
 """
 import argparse
 import copy
-import itertools
 import json
 import math
 import os
@@ -105,14 +104,8 @@ def positive(kind):
 
 
 def watched(items, total, title):
-    """The items under a bar; where the output is a file, a line a minute with the time left."""
-    start = said = time.time()
-    for i, item in enumerate(tqdm(items, title, total, leave=False, disable=None)):
-        yield item
-        if not sys.stderr.isatty() and time.time() - said > 60:
-            said = time.time()
-            left = (said - start) / (i + 1) * (total - i - 1)
-            say(f'{title}: {i + 1} of {total}, {tqdm.format_interval(left)} left')
+    """The items, under a bar where a person watches."""
+    return tqdm(items, title, total, leave=False, disable=None)
 
 
 @torch.no_grad()
@@ -122,17 +115,16 @@ def features_of(encoder, data, split, ids, setting):
     encoder.eval()
     features = []
     read = []
-    pictures = data.scored(split, ids, setting.side, setting.img_size, setting.workers)
-    for images, part in watched(pictures, math.ceil(len(ids) / 250), f'{split} features'):
+    batches = data.scored(split, ids, setting.side, setting.img_size, setting.workers)
+    total = math.ceil(len(ids) / 250)
+    for images, part in watched(batches, total, f'{split} features'):
         images = normalize(images.to(setting.device), setting.mean, setting.std)
         features.append(encoder(images, setting.patch_size).float().cpu())
         read.append(part)
     encoder.train(was_training)
     features = torch.cat(features)
-    broken = int((~features.isfinite().all(dim=1)).sum())
-    if broken:  # NaN compares as false, so every score would look like chance
-        raise FloatingPointError(f'the features of {broken} of {len(features)} images are not '
-                                 f'finite; check the weights, mean and std')
+    if not features.isfinite().all():    # NaN compares as false: every score would look like chance
+        raise FloatingPointError('features are not finite; check the weights, mean and std')
     return features, data.labels[split][torch.cat(read)]
 
 
@@ -153,45 +145,15 @@ def knn_predict(queries, bank, bank_labels, classes, k=20, temperature=0.07, chu
         similarity, nearest = (part @ bank.T).topk(k, dim=1)                  # chunk k
         # relative to the nearest, so that no temperature overflows
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(part), classes, device=part.device, dtype=part.dtype)
+        votes = part.new_zeros(len(part), classes)
         votes.scatter_add_(1, bank_labels[nearest], weights)
         predictions.append(votes.argmax(dim=1))
     return torch.cat(predictions)
 
 
 def percent_correct(predicted, labels):
-    correct = (predicted.cpu() == labels.cpu()).sum().item()
-    return 100 * correct / len(labels)
-
-
-def standard_error(percent, n):
-    """Of a percentage of n images (binomial)."""
-    return (percent * (100 - percent) / n) ** 0.5
-
-
-def knn_score(train, test, classes, k, device):
-    """Percent correct on test by the k nearest of train. Both are (features (n d), labels (n))."""
-    bank = train[0].to(device)
-    predicted = knn_predict(test[0].to(device), bank, train[1].to(device), classes, k)
-    return percent_correct(predicted, test[1])
-
-
-def neighbours(encoder, data, setting, bank_limit=None, query_limit=None):
-    """({k: percent correct} for k = 1 and 20, size of the bank, number of queries).
-
-    How train.py scores. A limit takes a stratified subset. Leaves all random states as they are.
-    """
-    bank_ids = data.labelled_ids('train', bank_limit)
-    bank = features_of(encoder, data, 'train', bank_ids, setting)
-    queries = features_of(encoder, data, 'test', data.labelled_ids('test', query_limit), setting)
-    scores = {k: knn_score(bank, queries, len(data.classes), k, setting.device) for k in (1, 20)}
-    return scores, len(bank[1]), len(queries[1])
-
-
-def can_score(data):
-    """Scores need two classes, 20 labelled images to learn from, and others to test on."""
-    enough = len(data.labelled_ids('train')) >= 20 and len(data.labelled_ids('test')) > 0
-    return len(data.classes) > 1 and enough
+    correct = predicted.cpu() == labels.cpu()
+    return 100 * correct.sum().item() / len(labels)
 
 
 # ---------------------------------------------------------------- linear probe
@@ -205,7 +167,7 @@ def fit_linear(x, y, classes, rates, epochs, seed=0, batch_size=256):
     batch_size = min(batch_size, len(x))
     rates = torch.tensor(rates, device=x.device) * batch_size / 256
     rates = rearrange(rates, 'r -> r 1 1')
-    weight = torch.zeros(len(rates), classes, x.shape[1], device=x.device)
+    weight = x.new_zeros(len(rates), classes, x.shape[1])
     velocity = torch.zeros_like(weight)
     steps = epochs * math.ceil(len(x) / batch_size)
     step = 0
@@ -213,7 +175,8 @@ def fit_linear(x, y, classes, rates, epochs, seed=0, batch_size=256):
         order = torch.randperm(len(x), generator=keyed_generator(seed, 'probe', epoch))
         for ids in order.to(x.device).split(batch_size):
             logits = torch.einsum('b d, r c d -> r b c', x[ids], weight)
-            error = (logits.softmax(dim=2) - F.one_hot(y[ids], classes)) / len(ids)
+            error = logits.softmax(dim=2) - F.one_hot(y[ids], classes)
+            error = error / len(ids)
             gradient = torch.einsum('r b c, b d -> r c d', error, x[ids])
             velocity = 0.9 * velocity + gradient
             weight = weight - rates * cosine(step / steps) * velocity
@@ -243,11 +206,13 @@ def linear_sweep(train, test, classes, device, epochs=50, seed=0):
 
     x = normalized(train[0])
     y = train[1].to(device)
-    order = torch.randperm(len(y), generator=keyed_generator(seed, 'held out')).to(device)
-    held_out, kept = order.tensor_split([max(1, len(order) // 10)])
+    order = torch.randperm(len(y), generator=keyed_generator(seed, 'held out'))
+    held_out, kept = order.to(device).tensor_split([max(1, len(order) // 10)])
     scores = {}
-    for rate, weight in zip(RATES, fit_linear(x[kept], y[kept], classes, RATES, epochs, seed)):
-        scores[rate] = percent_correct((x[held_out] @ weight.T).argmax(dim=1), y[held_out])
+    weights = fit_linear(x[kept], y[kept], classes, RATES, epochs, seed)
+    for rate, weight in zip(RATES, weights):
+        predicted = (x[held_out] @ weight.T).argmax(dim=1)
+        scores[rate] = percent_correct(predicted, y[held_out])
     best = max(scores, key=scores.get)
 
     weight, = fit_linear(x, y, classes, (best,), epochs, seed)               # c d
@@ -256,21 +221,6 @@ def linear_sweep(train, test, classes, device, epochs=50, seed=0):
 
 
 # ---------------------------------------------------------------- fine-tuning
-
-class Classifier(nn.Module):
-    """A backbone at one patch size, and a linear layer."""
-
-    def __init__(self, encoder, classes, patch_size, generator=None):
-        super().__init__()
-        self.encoder = encoder
-        self.patch_size = patch_size
-        self.head = nn.Linear(encoder.embed_dim, classes)
-        nn.init.normal_(self.head.weight, std=0.01, generator=generator)      # as in MoCo-v3
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, images):
-        return self.head(self.encoder(images, self.patch_size))
-
 
 def training_batches(data, ids, setting, recipe, seed):
     """Batches of all epochs: random crops (b c side side), normalized, and labels (b)."""
@@ -284,53 +234,142 @@ def training_batches(data, ids, setting, recipe, seed):
             for part in ids[order[:whole]].split(recipe.batch_size):
                 yield [(index, epoch) for index in part.tolist()], [view]
 
-    ahead, behind = itertools.tee(steps())
-    loaded = data.batches(ahead, seed, setting.workers)
-    for (keys, _), (images, labels) in zip(behind, loaded):
-        generator = keyed_generator(seed, keys[0][1], keys[0][0])
-        cropped = not torch.is_tensor(images)
-        images = make_view(images[0] if cropped else images, view, generator, cropped)
-        yield normalize(images.to(setting.device), setting.mean, setting.std), labels
+    # two of them, since loader workers run ahead
+    batches = data.batches(steps(), seed, setting.workers)
+    for (keys, _), ((images,), labels) in zip(steps(), batches):
+        index, epoch = keys[0]
+        generator = keyed_generator(seed, epoch, index)
+        images = make_view(images.to(setting.device), view, generator, data.cropped)
+        yield normalize(images, setting.mean, setting.std), labels.to(setting.device)
 
 
 def finetune(encoder, data, ids, setting, recipe, seed=0):
-    """(Classifier, mean loss of each epoch): a copy of the encoder, trained on the images `ids`.
+    """(encoder, linear layer, mean loss of each epoch): a copy, trained on the images `ids`.
 
     All weights train, even a patch projection that pretraining kept fixed; a sin-cos table is none.
     """
-    encoder = copy.deepcopy(encoder).requires_grad_(True)
+    encoder = copy.deepcopy(encoder).requires_grad_(True).train()
     encoder.pos_embed.requires_grad_(encoder.config['pos_embed'] == 'learned')
+    head = nn.Linear(encoder.embed_dim, len(data.classes))
     generator = keyed_generator(seed, 'classifier')
-    model = Classifier(encoder, len(data.classes), setting.patch_size, generator)
-    model.to(setting.device).train()
+    nn.init.normal_(head.weight, std=0.01, generator=generator)               # as in MoCo-v3
+    nn.init.zeros_(head.bias)
+    head.to(setting.device)
 
     # no weight decay on biases and norms (1 dimension), class token and positions (3)
-    matrices = [p for p in model.parameters() if p.ndim in (2, 4)]
-    others = [p for p in model.parameters() if p.ndim in (1, 3)]
+    parameters = [*encoder.parameters(), *head.parameters()]
+    matrices = [p for p in parameters if p.ndim in (2, 4)]
+    others = [p for p in parameters if p.ndim in (1, 3)]
     optimizer = torch.optim.AdamW([
         dict(params=matrices, weight_decay=recipe.weight_decay),
         dict(params=others, weight_decay=0.0),
     ])
     peak = recipe.lr * recipe.batch_size / 512
     steps = recipe.epochs * (len(ids) // recipe.batch_size)
-    batches = watched(training_batches(data, ids, setting, recipe, seed), steps, 'finetune, steps')
+    batches = training_batches(data, ids, setting, recipe, seed)
 
     losses = []
-    for step, (images, labels) in enumerate(batches):
+    for step, (images, labels) in enumerate(watched(batches, steps, 'finetune, steps')):
         progress = step / steps
         for group in optimizer.param_groups:
             group['lr'] = peak * warmup(progress, recipe.warmup) * cosine(progress)
-        logits = model(images)
-        labels = labels.to(setting.device)
+        logits = head(encoder(images, setting.patch_size))
         loss = F.cross_entropy(logits, labels, label_smoothing=recipe.smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     if not math.isfinite(losses[-1]):
-        raise FloatingPointError(f'the loss is {losses[-1]}; lower --lr')
+        raise FloatingPointError(f'the loss of fine-tuning is {losses[-1]}')
     by_epoch = torch.tensor(losses).view(recipe.epochs, -1)
-    return model, by_epoch.mean(dim=1).tolist()
+    return encoder, head, by_epoch.mean(dim=1).tolist()
+
+
+# ---------------------------------------------------------------- scores and features
+
+def can_score(data):
+    """Scores need two classes, 20 labelled images to learn from, and others to test on."""
+    bank = len(data.labelled_ids('train'))
+    queries = len(data.labelled_ids('test'))
+    return len(data.classes) > 1 and bank >= 20 and queries > 0
+
+
+def scores_of(encoder, data, setting, protocols, limit=None, test_limit=None):  # noqa: PLR0913
+    """One dict after the other: name, score and error in percent, bank, queries, and more.
+
+    train.py scores with it too. A limit takes a stratified subset. No random state changes.
+    """
+    train_ids = data.labelled_ids('train', limit)
+    test_ids = data.labelled_ids('test', test_limit)
+    classes = len(data.classes)
+    device = setting.device
+
+    def result(name, score, bank, queries, **more):
+        error = (score * (100 - score) / queries) ** 0.5                      # binomial
+        return dict(more, name=name, score=score, error=error, bank=bank, queries=queries)
+
+    if set(protocols) - {'finetune'}:
+        train = features_of(encoder, data, 'train', train_ids, setting)
+        test = features_of(encoder, data, 'test', test_ids, setting)
+        sizes = len(train[1]), len(test[1])
+
+    for protocol, name, k in (('nn', 'NN', 1), ('knn', '20-NN', 20)):
+        if protocol in protocols:
+            bank, labels = train[0].to(device), train[1].to(device)
+            predicted = knn_predict(test[0].to(device), bank, labels, classes, k)
+            yield result(name, percent_correct(predicted, test[1]), *sizes)
+
+    if 'linear' in protocols:
+        score, best, held_out = linear_sweep(train, test, classes, device)
+        shown = ', '.join(f'{rate:g}: {percent:.1f}' for rate, percent in held_out.items())
+        say(f'  rates and percent correct on held-out images: {shown}')
+        yield result('linear', score, *sizes, rate=best, held_out=held_out)
+
+    if 'finetune' in protocols:
+        recipe = LARGE if setting.img_size >= 64 else SMALL
+        # a small data set has smaller batches, so that an epoch has at least 20 steps
+        batch_size = min(recipe.batch_size, max(1, len(train_ids) // 20))
+        recipe = replace(recipe, batch_size=batch_size)
+        tuned, head, losses = finetune(encoder, data, train_ids, setting, recipe)
+        say(f'  training loss {losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in the last')
+        features, labels = features_of(tuned, data, 'test', test_ids, setting)
+        predicted = head(features.to(device)).argmax(dim=1)
+        yield result('finetune', percent_correct(predicted, labels), len(train_ids), len(labels),
+                     losses=losses, **asdict(recipe))
+
+
+def export(encoder, data, setting, path):
+    """Write the features of all images that can be read, as an .npz file of numpy.
+
+    train_features (n d), train_labels (n; -1: none), train_files (n; of folders), the same for
+    test, classes (c), patch_size, and transform, JSON for timm.data.create_transform. No image is
+    in both.
+    """
+    output = open(f'{path}.partial', 'wb')           # first: a wrong path is found before any work
+    transform = data.transform(setting.side, setting.img_size)
+    transform.update(mean=setting.mean, std=setting.std)
+    arrays = dict(
+        classes=np.array(data.classes, dtype=str),
+        transform=json.dumps(transform),
+        patch_size=setting.patch_size)
+    held_out = set(data.files['test'])
+    for split in ('train', 'test'):
+        files = data.files[split]
+        ids = torch.arange(len(data.labels[split]))
+        if split == 'train' and files:
+            ids = torch.tensor([i for i, file in enumerate(files) if file not in held_out])
+        if len(ids) == 0:
+            continue
+        features, labels = features_of(encoder, data, split, ids, setting)
+        arrays[f'{split}_features'] = features.numpy()
+        arrays[f'{split}_labels'] = labels.numpy()
+        if files:
+            read = [files[i] for i in ids if files[i] not in data.unreadable[split]]
+            arrays[f'{split}_files'] = np.array(read)
+    np.savez(output, **arrays)
+    output.close()
+    os.replace(output.name, path)
+    say(f'{path} holds {", ".join(arrays)}')
 
 
 # ---------------------------------------------------------------- command line
@@ -353,87 +392,12 @@ def parse_args(argv=None):
         help='default: nn knn; none with --export')
     add('--limit', type=positive(int), help='score with this many training images, in proportion')
     add('--patch-size', type=positive(int), nargs='+', help='default: as in training')
-    add('--epochs', type=positive(int),
-        help=f'of finetune ({LARGE.epochs}; {SMALL.epochs} below 64 px)')
-    add('--batch-size', type=positive(int),
-        help=f'of finetune ({LARGE.batch_size}; {SMALL.batch_size})')
-    add('--lr', type=positive(float),
-        help=f'of finetune, per 512 images ({LARGE.lr:g}; {SMALL.lr:g})')
     add('--export', metavar='FILE.npz', help='write the features of all images')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args(argv)
     if Path(args.weights).is_dir():
         args.weights = str(Path(args.weights) / 'backbone.pt')
     return args
-
-
-def measure(encoder, data, setting, args):
-    """One dict after the other: name, score in percent, queries, what the protocol depends on."""
-    protocols = args.protocol or ['nn', 'knn']
-    train_ids = data.labelled_ids('train', args.limit)
-    test_ids = data.labelled_ids('test')
-    classes = len(data.classes)
-    if protocols != ['finetune']:
-        train = features_of(encoder, data, 'train', train_ids, setting)
-        test = features_of(encoder, data, 'test', test_ids, setting)
-        common = dict(bank=len(train[1]), queries=len(test[1]))
-
-    for protocol, name, k in (('nn', 'NN', 1), ('knn', '20-NN', 20)):
-        if protocol in protocols:
-            score = knn_score(train, test, classes, k, setting.device)
-            yield dict(name=name, score=score, **common)
-
-    if 'linear' in protocols:
-        score, best, held_out = linear_sweep(train, test, classes, setting.device)
-        shown = ', '.join(f'{rate:g}: {percent:.1f}' for rate, percent in held_out.items())
-        say(f'  rates and percent correct on held-out images: {shown}')
-        yield dict(name='linear', score=score, rate=best, held_out=held_out, **common)
-
-    if 'finetune' in protocols:
-        recipe = LARGE if setting.img_size >= 64 else SMALL
-        # a small data set has smaller batches, so that an epoch has at least 20 steps
-        recipe = replace(recipe, epochs=args.epochs or recipe.epochs, lr=args.lr or recipe.lr,
-                         batch_size=min(args.batch_size or recipe.batch_size,
-                                        max(1, len(train_ids) // 20)))
-        model, losses = finetune(encoder, data, train_ids, setting, recipe)
-        say(f'  training loss {losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in the last; '
-              f'batches of {recipe.batch_size}')
-        features, labels = features_of(model.encoder, data, 'test', test_ids, setting)
-        predicted = model.head(features.to(setting.device)).argmax(dim=1)
-        yield dict(asdict(recipe), name='finetune', score=percent_correct(predicted, labels),
-                   bank=len(train_ids), queries=len(labels), losses=losses)
-
-
-def export(encoder, data, setting, path):
-    """Write the features of all images that can be read, as an .npz file of numpy.
-
-    train_features (n d), train_labels (n; -1: none), train_files (n; of folders), the same for
-    test, classes (c), patch_size, and transform, JSON for timm.data.create_transform. No image is
-    in both.
-    """
-    file = open(f'{path}.partial', 'wb')             # first: a wrong path is found before any work
-    transform = dict(data.transform(setting.side, setting.img_size), mean=setting.mean,
-                     std=setting.std)
-    arrays = dict(classes=np.array(data.classes, dtype=str), transform=json.dumps(transform),
-                  patch_size=setting.patch_size)
-    held_out = set(data.files['test'])
-    for split in ('train', 'test'):
-        ids = data.ids(split)
-        files = data.files[split]
-        if split == 'train' and files:
-            ids = torch.tensor([i for i in ids.tolist() if files[i] not in held_out])
-        if len(ids) == 0:
-            continue
-        features, labels = features_of(encoder, data, split, ids, setting)
-        arrays[f'{split}_features'] = features.numpy()
-        arrays[f'{split}_labels'] = labels.numpy()
-        if files:
-            read = [files[i] for i in ids.tolist() if files[i] not in data.unreadable[split]]
-            arrays[f'{split}_files'] = np.array(read)
-    np.savez(file, **arrays)
-    file.close()
-    os.replace(file.name, path)
-    say(f'{path} holds {", ".join(arrays)}')
 
 
 def main(argv=None):
@@ -452,31 +416,28 @@ def main(argv=None):
     if args.export is None and not can_score(data):
         raise ValueError('a score needs two classes, 20 labelled training images and labelled '
                          'test images; put each class into a folder, or take --export')
-    settings = [Setting(args.img_size or config['img_size'], patch_size, mean, std,
-                        torch.device(args.device), args.workers)
-                for patch_size in args.patch_size or [config['patch_size']]]
-    if args.export and len(settings) > 1:
+    if args.export and args.patch_size and len(args.patch_size) > 1:
         raise ValueError('--export writes the features of one --patch-size')
-    if args.export:
-        export(encoder, data, settings[0], args.export)
-    if args.export and not args.protocol:
-        return
 
-    output = Path(args.weights).with_name('eval.jsonl')
-    for setting in settings:
+    protocols = args.protocol or ([] if args.export else ['nn', 'knn'])
+    for patch_size in args.patch_size or [config['patch_size']]:
         start = time.perf_counter()
-        tokens = 1 + (setting.side // setting.patch_size) ** 2
-        say(f'images of {setting.side} px in patches of {setting.patch_size}, {tokens} tokens; '
+        setting = Setting(args.img_size or config['img_size'], patch_size, mean, std,
+                          torch.device(args.device), args.workers)
+        tokens = 1 + (setting.side // patch_size) ** 2
+        say(f'images of {setting.side} px in patches of {patch_size}, {tokens} tokens; '
             f'mean {mean}, std {std}')
-        for result in measure(encoder, data, setting, args):
-            error = standard_error(result['score'], result['queries'])
+        if args.export:
+            export(encoder, data, setting, args.export)
+        for result in scores_of(encoder, data, setting, protocols, args.limit):
+            seconds = time.perf_counter() - start
             result.update(weights=args.weights, dataset=data.name, tokens=tokens,
-                          img_size=setting.img_size, patch_size=setting.patch_size, mean=mean,
-                          std=std, error=error, seconds=time.perf_counter() - start)
-            with open(output, 'a') as file:
+                          img_size=setting.img_size, patch_size=patch_size, mean=mean, std=std,
+                          seconds=seconds)
+            with open(Path(args.weights).with_name('eval.jsonl'), 'a') as file:
                 file.write(json.dumps(result) + '\n')
-            say(f'  {result["name"]}: {result["score"]:.2f} +- {error:.2f} % on '
-                f'{result["queries"]} test images, {result["seconds"]:.0f} s')
+            say(f'  {result["name"]}: {result["score"]:.2f} +- {result["error"]:.2f} % on '
+                f'{result["queries"]} test images, {seconds:.0f} s')
 
 
 if __name__ == '__main__':

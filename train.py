@@ -47,7 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from compress import Compression, num_keep, pass_flops, patches_per_side
-from eval import Setting, can_score, neighbours, positive, say, standard_error
+from eval import Setting, can_score, positive, say, scores_of
 from gradstats import adam_scale, flat_gradient, gradient_stats, unchanged
 from images.data import DATASETS, STOPS, batch_keys, load
 from images.views import keyed_generator, make_view, normalize, recipe
@@ -87,16 +87,6 @@ def encoder_size(text):
     return dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads)
 
 
-def names(text):
-    """'none', 'default', or names of strategies that can be parsed; they stay text."""
-    try:
-        if text not in ('none', 'default'):
-            Schedule.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(error) from None
-    return text
-
-
 def points(text):
     """'0.05,0.5,1' -> points of progress"""
     return sorted(map(float, text.split(',')))
@@ -126,7 +116,7 @@ def build_parser():
     add('--init', metavar='WEIGHTS', help='start from a backbone.pt, timm, MoCo-v3, DINO, MAE')
 
     add = parser.add_argument_group('objective').add_argument
-    add('--method', default='moco', choices=METHODS, help='the defaults shown are those of it')
+    add('--method', default='moco', choices=METHODS, help='the defaults shown are those of moco')
     add('--hidden', type=positive(int), default=512, help='width of heads (MoCo-v3: 4096)')
     add('--out-dim', type=positive(int), help='outputs of the heads (DINO: 65536)')
     add('--temperature', type=positive(float), help='of the loss (DINO, of the student: 0.1)')
@@ -135,7 +125,7 @@ def build_parser():
     add('--center-momentum', type=float, default=0.5, help='of DINO (official: 0.9)')
 
     add = parser.add_argument_group('compression').add_argument
-    add('--schedule', type=names, default='default',
+    add('--schedule', default='default',
         help='none, a strategy (p8-drop0.50), stages (p8@0,p4@0.7), or default: twice the patch '
              'size, half of the tokens')
     add('--views', default='full', choices=('full', 'small'),
@@ -143,11 +133,8 @@ def build_parser():
     add('--drop-branch', default='query', choices=('query', 'both'), help='who drops tokens')
     add('--patch-branch', default='both', choices=('query', 'both'),
         help='who sees larger patches; query: the key stays uncompressed')
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument('--budget', type=positive(float),
-                        help='millions of units, 0.16 if nothing is said (paper: 25 to 200, '
-                             'ImageNet-1k 300 to 6150)')
-    length.add_argument('--epochs', type=positive(float), help='instead: of the images')
+    add('--budget', type=positive(float), default=0.16,
+        help='millions of units (paper: 25 to 200, ImageNet-1k 300 to 6150)')
 
     add = parser.add_argument_group('gradient errors').add_argument
     add('--gradstats', type=points, default=[],
@@ -171,6 +158,7 @@ def build_parser():
     add('--compile', action='store_true', help='torch.compile the blocks')
     add('--eval-every', type=float, default=0.25, help='progress between scores; 0: none')
     add('--resume', metavar='RUN', help='folder of a run; auto: that of --name, if it exists')
+    parser.set_defaults(**METHODS['moco'])
     return parser
 
 
@@ -179,28 +167,21 @@ def parse_args(argv=None):
 
     The defaults follow --method. Those of a resumed run are the flags that it had.
     """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ('--method', '--resume', '--name', '--budget', '--epochs'):
-        early.add_argument(flag)
-    known = early.parse_known_args(argv)[0]
-    resume = known.resume
-    if resume == 'auto':
-        if not known.name:
-            raise ValueError('--resume auto goes on with the run of --name; give a --name')
-        resume = Path('runs') / known.name
-        resume = resume if (resume / 'checkpoint.pt').exists() else None
-    checkpoint = None
-    saved = {}
-    if resume:
-        checkpoint = read(Path(resume) / 'checkpoint.pt')
-        saved = checkpoint['args']
-        if known.budget or known.epochs:                 # either one given anew is the length
-            saved.update(budget=None, epochs=None)
     parser = build_parser()
-    parser.set_defaults(**METHODS.get(known.method, METHODS['moco']))
-    parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    args.resume = resume and str(resume)
+    folder = Path('runs') / (args.name or '')
+    exists = args.name and (folder / 'checkpoint.pt').exists()
+    if args.resume == 'auto':
+        if not args.name:
+            raise ValueError('--resume auto goes on with the run of --name; give a --name')
+        args.resume = str(folder) if exists else None
+    elif exists and not args.resume:
+        raise ValueError(f'{folder} exists; choose another --name, or add --resume auto')
+    checkpoint = read(Path(args.resume) / 'checkpoint.pt') if args.resume else None
+    parser.set_defaults(**(checkpoint['args'] if checkpoint else METHODS[args.method]))
+    resume = args.resume
+    args = parser.parse_args(argv)
+    args.resume = resume
     if args.probe_batches % GROUPS:
         raise ValueError(f'--probe-batches {args.probe_batches} must be a multiple of {GROUPS}')
     if args.metric == 'adam' and 0 in args.gradstats:
@@ -211,8 +192,6 @@ def parse_args(argv=None):
                          f'from 0 to 1')
     if args.local_crops and args.method != 'dino' or args.symmetric and args.method != 'moco':
         raise ValueError('--local-crops is of --method dino, --symmetric of moco')
-    if args.name and not checkpoint and (Path('runs') / args.name / 'checkpoint.pt').exists():
-        raise ValueError(f'runs/{args.name} exists; choose another --name, or add --resume auto')
     return args, checkpoint
 
 
@@ -250,19 +229,24 @@ def build_method(args, encoder):
 
 def build_recipe(args):
     """The Augmentations of the method, at the nominal sides."""
-    kinds = recipe(args.method, args.img_size, args.local_crops)
-    kinds = [dataclasses.replace(kind, jitter=tuple(args.jitter * s for s in kind.jitter))
-             for kind in kinds]
-    if args.crop_scale:
-        kinds[:2] = [dataclasses.replace(kind, scale=(args.crop_scale, 1.0)) for kind in kinds[:2]]
+    kinds = []
+    for i, kind in enumerate(recipe(args.method, args.img_size, args.local_crops)):
+        jitter = tuple(args.jitter * strength for strength in kind.jitter)
+        kind = dataclasses.replace(kind, jitter=jitter)
+        if args.crop_scale and i < 2:                # the global crops
+            kind = dataclasses.replace(kind, scale=(args.crop_scale, 1.0))
+        kinds.append(kind)
     return kinds
 
 
 def build_optimizer(method, args, device):
     """AdamW. MoCo-v3 decays every parameter, DINO and SimCLR all but biases and norms."""
-    trainable = [p for p in method.parameters() if p.requires_grad]
-    decayed = [p for p in trainable if args.method == 'moco' or p.ndim > 1]
-    plain = [p for p in trainable if args.method != 'moco' and p.ndim <= 1]
+    decayed = []
+    plain = []
+    for parameter in method.parameters():
+        if parameter.requires_grad:
+            decays = args.method == 'moco' or parameter.ndim > 1
+            (decayed if decays else plain).append(parameter)
     groups = [dict(params=decayed, decays=True)]
     if plain:
         groups.append(dict(params=plain, decays=False))
@@ -278,11 +262,11 @@ def build_schedule(args):
 
 
 def build_grid(args):
-    """The strategies whose gradient is measured, the uncompressed one first."""
+    """The uncompressed strategy, and those whose gradient is measured beside it."""
     sizes = [times * args.patch_size for times in (1, 2, 4)]
-    grid = [Compression(p, rate) for p in sizes if p <= args.img_size for rate in (0.0, 0.5)]
+    grid = [Compression(p, rate) for p in sizes for rate in (0.0, 0.5)]
     if args.grid:
-        grid = map(Compression.parse, args.grid.split(','))
+        grid = [Compression.parse(text) for text in args.grid.split(',')]
     return list(dict.fromkeys([Compression(args.patch_size), *grid]))
 
 
@@ -329,8 +313,6 @@ class State:
     seen: float = -1.0                               # progress whose events have been dealt with
     seconds: float = 0.0                             # of steps,
     waiting: float = 0.0                             # of these, for data
-    events: float = 0.0                              # seconds of scores, gradient errors, saving
-    random_score: float = 0.0                        # of the network before training, percent
     warned: bool = False                             # of a collapse
 
 
@@ -375,7 +357,7 @@ def stop_signals():
                 signal.signal(number, handler)
 
     if threading.current_thread() is threading.main_thread():
-        for number in (getattr(signal, name) for name in STOPS):
+        for number in STOPS:
             if signal.getsignal(number) is not signal.SIG_IGN:       # nohup ignores SIGHUP
                 before[number] = signal.signal(number, receive)
     try:
@@ -396,9 +378,9 @@ def save(value, path):
         raise OSError(f'{path} cannot be written: {error}') from None
 
 
-def append(path, *lines):
+def append(path, line):
     with open(path, 'a') as file:
-        file.writelines(json.dumps(line) + '\n' for line in lines)
+        file.write(json.dumps(line) + '\n')
 
 
 def collapse(metrics, outputs):
@@ -422,9 +404,9 @@ def collapse(metrics, outputs):
 
 # ---------------------------------------------------------------- set-up
 
-def set_up(args, checkpoint=None):  # noqa: C901 (in one place, in the order of causes)
+def set_up(args, checkpoint=None):
     """All that a run needs, as one plain object, made in causal order."""
-    run = SimpleNamespace(args=args, began=time.perf_counter())
+    run = SimpleNamespace(args=args, state=State(), budget=1e6 * args.budget)
     if checkpoint:                                   # the number of threads decides the bits
         torch.set_num_threads(checkpoint['threads'])
     run.device = pick_device(args.device)
@@ -439,23 +421,15 @@ def set_up(args, checkpoint=None):  # noqa: C901 (in one place, in the order of 
         dist.barrier()
     run.data.say = say                               # each process names the files that it met
 
-    batch_keys(len(run.data), args.batch_size, args.seed)  # refuses a batch larger than the data
-
     # the network, and what a training sample costs under each strategy
     torch.manual_seed(args.seed)
     run.method = build_method(args, build_encoder(args, run.data.channels))
     run.kinds = build_recipe(args)
     run.schedule = build_schedule(args)
     run.base = Compression(args.patch_size)
-    run.grid = build_grid(args) if args.gradstats else []
-    used = dict.fromkeys([run.base, *run.grid, *(tau for _, tau in run.schedule.stages)])
-    largest = max(tau.patch_size for tau in used)
-    if largest > args.img_size:
-        raise ValueError(f'patch size {largest} is larger than --img-size {args.img_size}')
+    run.grid = build_grid(args)
+    used = [*run.grid, *(tau for _, tau in run.schedule.stages)]
     run.cost = {tau: sample_cost(args, run.method, run.kinds, tau) for tau in used}
-    run.budget = 1e6 * (args.budget or 0.16)
-    if args.epochs:
-        run.budget = args.epochs * len(run.data) / samples_per_unit(run.schedule, run.cost)
     if run.budget < run.cost[run.schedule.at(0)] * args.batch_size:
         raise ValueError(f'{run.budget:,.0f} units do not pay for a batch of {args.batch_size}; '
                          f'raise --budget or lower --batch-size')
@@ -477,19 +451,23 @@ def set_up(args, checkpoint=None):  # noqa: C901 (in one place, in the order of 
     run.half = run.device.type == 'cuda' and torch.cuda.is_bf16_supported(
         including_emulation=False)
 
-    run.identity = dict(method=args.method, hidden=args.hidden, out_dim=args.out_dim,
-                        processes=run.world, images=f'{len(run.data):,} ({run.data.fingerprint})',
-                        **method.encoder.config)
-    run.state = State()
+    # where a checkpoint left off
+    run.identity = dict(
+        method=args.method,
+        hidden=args.hidden,
+        out_dim=args.out_dim,
+        processes=run.world,
+        images=f'{len(run.data):,} ({run.data.fingerprint})',
+        **method.encoder.config)
     if checkpoint:
         restore(run, checkpoint)
     step = torch.tensor(float(run.state.step), device=run.device)
     if mean_over_ranks(step).item() != run.state.step:
         raise ValueError(f'process {run.rank} is at step {run.state.step}, another is not: to go '
                          f'on, the folder of the run must be on a disk that all processes share')
+    run.keys = batch_keys(len(run.data), args.batch_size, args.seed, run.state.step, run.rank,
+                          run.world)
     run.folder = Path(args.resume) if checkpoint else new_folder(args)
-    launch = 'python' if run.world == 1 else f'torchrun --nproc_per_node {run.world}'
-    run.go_on = f'{launch} train.py --resume {shlex.quote(str(run.folder))}'
     if run.rank == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / 'args.json').write_text(json.dumps(vars(args), indent=1))
@@ -518,10 +496,6 @@ def new_folder(args):
     return next(folder for folder in folders if not folder.exists())
 
 
-def samples_per_unit(schedule, cost):
-    return sum((end - start) / cost[tau] for start, end, tau in schedule.spans())
-
-
 def announce(run):
     """What the run is going to do: sizes, tokens, costs, samples and steps."""
     args = run.args
@@ -534,16 +508,16 @@ def announce(run):
     parameters = sum(p.numel() for p in run.method.encoder.parameters())
     say(f'encoder   {parameters:,} parameters, patch size {args.patch_size}; peak learning rate '
         f'{args.lr * args.batch_size / 256:.2e} = {args.lr:g} x {args.batch_size} / 256')
-    epochs = run.budget / run.cost[run.base] / len(run.data)
-    say(f'budget    {run.budget:,.0f} units: {epochs:.2f} uncompressed epochs')
+    samples = 0.0
     for start, end, tau in run.schedule.spans():
-        samples = (end - start) * run.budget / run.cost[tau]
+        share = (end - start) * run.budget / run.cost[tau]
+        samples += share
         say(f'schedule  {100 * start:3.0f} to {100 * end:3.0f} %: {str(tau):12} '
             f'{tokens_of(args, tau)} tokens, {run.cost[tau]:.3f} units a sample, '
-            f'{samples / args.batch_size:,.0f} steps')
-    epochs = run.budget * samples_per_unit(run.schedule, run.cost) / len(run.data)
-    often = ', each seen very often: prefer more images, or --init' if epochs > 200 else ''
-    say(f'          {epochs:.2f} epochs of {len(run.data):,} images{often}')
+            f'{share / args.batch_size:,.0f} steps')
+    say(f'budget    {run.budget:,.0f} units: {samples / len(run.data):.2f} epochs of '
+        f'{len(run.data):,} images; uncompressed '
+        f'{run.budget / run.cost[run.base] / len(run.data):.2f}')
     chance = run.method.chance_loss(args.batch_size)
     say(f'loss      {chance:.3f} is chance: all features equal, or uniform outputs')
     if not can_score(run.data):
@@ -585,9 +559,7 @@ def set_curves(run, progress):
 def upcoming(run):
     """(keys of the images, Augmentations) of each step from here on: loader workers run ahead."""
     units = run.state.units
-    keys = batch_keys(len(run.data), run.args.batch_size, run.args.seed, run.state.step, run.rank,
-                      run.world)
-    for batch in keys:
+    for batch in run.keys:
         strategy = run.schedule.at(min(1.0, units / run.budget))
         yield batch, augmentations(run.args, run.kinds, strategy)
         units += run.cost[strategy] * run.args.batch_size
@@ -597,10 +569,9 @@ def views_of(run, images, strategy, *key):
     """Normalized views of a batch; the key, such as the step, fixes crops and colours."""
     views = []
     for i, kind in enumerate(augmentations(run.args, run.kinds, strategy)):
-        cropped = not torch.is_tensor(images)        # by a loader worker, once for each view
-        pixels = images[i] if cropped else images
         generator = keyed_generator(run.args.seed, run.rank, *key, i)
-        view = make_view(pixels.to(run.device, non_blocking=True), kind, generator, cropped)
+        pixels = images[i].to(run.device, non_blocking=True)
+        view = make_view(pixels, kind, generator, run.data.cropped)
         views.append(normalize(view, run.data.mean, run.data.std))
     return views
 
@@ -629,9 +600,17 @@ def log(run, loss, metrics, strategy, lr, momentum):
         return
     metrics = {name: float(value) for name, value in metrics.items()}
     append(run.folder / 'log.jsonl', dict(
-        step=state.step, progress=progress_of(run), units=state.units, loss=loss,
-        lr=lr, momentum=momentum, strategy=str(strategy), tokens=tokens_of(run.args, strategy),
-        seconds=state.seconds, waiting=state.waiting, **metrics))
+        step=state.step,
+        progress=progress_of(run),
+        units=state.units,
+        loss=loss,
+        lr=lr,
+        momentum=momentum,
+        strategy=str(strategy),
+        tokens=tokens_of(run.args, strategy),
+        seconds=state.seconds,
+        waiting=state.waiting,
+        **metrics))
     warning = state.step >= 50 and not state.warned and collapse(metrics, run.args.out_dim)
     if warning:
         state.warned = True
@@ -650,18 +629,19 @@ def score(run):
     """Nearest neighbours among uncompressed features. The others wait for the main process."""
     args, data, state = run.args, run.data, run.state
     setting = Setting(args.img_size, args.patch_size, data.mean, data.std, run.device, args.workers)
-    scores, bank, queries = neighbours(run.method.encoder, data, setting, 10_000, 5_000)
+    nearest, vote = scores_of(run.method.encoder, data, setting, ('nn', 'knn'), 10_000, 5_000)
     append(run.folder / 'log.jsonl', dict(
-        step=state.step, progress=progress_of(run), units=state.units,
-        seconds=state.seconds, nn=scores[1], knn=scores[20], bank=bank, queries=queries))
+        step=state.step,
+        progress=progress_of(run),
+        units=state.units,
+        seconds=state.seconds,
+        nn=nearest['score'],
+        knn=vote['score'],
+        bank=vote['bank'],
+        queries=vote['queries']))
     when = f'{percent(run)} of the budget' if state.step else 'random network'
-    say(f'{when}: {scores[20]:.2f} % 20-NN, {scores[1]:.2f} % NN, uncompressed, {bank} bank and '
-        f'{queries} test images, +- {standard_error(scores[20], queries):.1f}')
-    if not state.step:
-        state.random_score = scores[20]
-    elif state.units >= run.budget and scores[20] <= state.random_score:
-        say(f'no better than the random network, {state.random_score:.2f} %: train longer, on more '
-            f'images, or start from weights with --init')
+    say(f'{when}: {vote["score"]:.2f} % 20-NN, {nearest["score"]:.2f} % NN, uncompressed, '
+        f'{vote["bank"]} bank and {vote["queries"]} test images, +- {vote["error"]:.1f}')
 
 
 def measure(run, point):
@@ -674,10 +654,10 @@ def measure(run, point):
         for i in range(args.probe_batches):
             generator = keyed_generator(args.seed, 'probe order', state.step, i)
             order = torch.randperm(len(run.data), generator=generator)
-            mine = order[run.rank * share:(run.rank + 1) * share].tolist()
+            mine = order[run.rank * share:(run.rank + 1) * share]
+            keys = [(index, f'probe {state.step}') for index in mine.tolist()]
             for tau in run.grid:
-                yield ([(index, f'probe {state.step}') for index in mine],
-                       augmentations(args, run.kinds, tau))
+                yield keys, augmentations(args, run.kinds, tau)
 
     batches = run.data.batches(probes(), args.seed, args.workers)
 
@@ -692,13 +672,20 @@ def measure(run, point):
     with unchanged(run.method):
         stats = gradient_stats(grad_fn, run.grid, run.base, range(args.probe_batches), GROUPS,
                                scale)
-    if run.rank == 0:
-        # the cost is relative to the uncompressed one: how many batches one batch pays for
-        append(run.folder / 'gradstats.jsonl', *(
-            dict(progress=point, strategy=str(tau), cost=run.cost[tau] / run.cost[run.base],
-                 **dataclasses.asdict(stat), metric=args.metric, method=args.method,
-                 batch_size=args.batch_size, step=state.step, units=state.units)
-            for tau, stat in stats.items()))
+    if run.rank:
+        return
+    for tau, stat in stats.items():
+        append(run.folder / 'gradstats.jsonl', dict(
+            progress=point,
+            strategy=str(tau),
+            # relative to the uncompressed one: how many batches one batch pays for
+            cost=run.cost[tau] / run.cost[run.base],
+            **dataclasses.asdict(stat),
+            metric=args.metric,
+            method=args.method,
+            batch_size=args.batch_size,
+            step=state.step,
+            units=state.units))
 
 
 def save_run(run):
@@ -707,30 +694,42 @@ def save_run(run):
     if not all(parameter.isfinite().all() for parameter in run.method.parameters()):
         raise FloatingPointError(f'a weight is not finite at step {run.state.step}; checkpoint.pt '
                                  f'is of an earlier step. Start again with a lower --lr')
-    encoder, data = run.method.encoder, run.data
+    encoder, data, side = run.method.encoder, run.data, run.args.img_size
+    backbone = dict(
+        model=encoder.state_dict(),
+        config=encoder.config,
+        mean=data.mean,
+        std=data.std,
+        dataset=data.name,
+        transform=data.transform(side, side))
+    checkpoint = dict(
+        args=dict(vars(run.args), resume=None),
+        state=dataclasses.asdict(run.state),
+        identity=run.identity,
+        method=run.method.state_dict(),
+        optimizer=run.optimizer.state_dict(),
+        lengths={name: (run.folder / name).stat().st_size for name in LINES},
+        threads=torch.get_num_threads())
     # the backbone first: a run whose last checkpoint is there has its backbone too
-    save(dict(model=encoder.state_dict(), config=encoder.config, mean=data.mean, std=data.std,
-              dataset=data.name, transform=data.transform(run.args.img_size, run.args.img_size)),
-         run.folder / 'backbone.pt')
-    flags = {name: value for name, value in vars(run.args).items() if name != 'resume'}
-    save(dict(args=flags, state=dataclasses.asdict(run.state), identity=run.identity,
-              method=run.method.state_dict(), optimizer=run.optimizer.state_dict(),
-              lengths={name: (run.folder / name).stat().st_size for name in LINES},
-              threads=torch.get_num_threads()), run.folder / 'checkpoint.pt')
+    save(backbone, run.folder / 'backbone.pt')
+    save(checkpoint, run.folder / 'checkpoint.pt')
 
 
 def now_and_then(run, stopping=False):
     """Scores, gradient errors and checkpoints that are due. What is due at a stop is left to it."""
-    state = run.state
+    args, state = run.args, run.state
     progress = progress_of(run)
 
-    def due(marks):
-        return [mark for mark in marks if state.seen < mark <= progress]
+    def due(every):
+        """Whether a multiple of it, or the end, has been reached since the last time."""
+        return progress // every > state.seen // every or state.seen < progress == 1
 
-    start = time.perf_counter()
-    saving = due(run.save_at) or start - run.saved_at > 60 * SAVE_MINUTES
+    now = time.perf_counter()
+    late = now - run.saved_at > 60 * SAVE_MINUTES
+    saving = stopping or late or state.step and due(SAVE_EVERY)
     if not stopping:
-        scoring, measuring = due(run.score_at), due(run.args.gradstats)
+        scoring = args.eval_every and can_score(run.data) and due(args.eval_every)
+        measuring = [point for point in args.gradstats if state.seen < point <= progress]
         if state.step and (scoring or measuring):    # this may take long, and be killed
             save_run(run)
         if scoring and run.rank == 0:
@@ -739,10 +738,9 @@ def now_and_then(run, stopping=False):
             measure(run, point)
         state.seen = progress
         saving = saving or measuring
-    if stopping or saving:
+    if saving:
         save_run(run)
-        run.saved_at = time.perf_counter()
-    state.events += time.perf_counter() - start
+        run.saved_at = now
 
 
 def any_process(run, received):
@@ -752,19 +750,12 @@ def any_process(run, received):
     return mean_over_ranks(torch.tensor(float(len(received)), device=run.device)).item() > 0
 
 
-def marks(every):
-    """Points of progress 0, every, 2 every, ..., 1."""
-    return [i * every for i in range(math.ceil(1 / every))] + [1.0]
-
-
 # ---------------------------------------------------------------- the loop
 
 def train(run):
     """Spends the budget, or stops at a signal. True if it came to the end."""
     args, state, method, optimizer = run.args, run.state, run.method, run.optimizer
     batches = run.data.batches(upcoming(run), args.seed, args.workers)
-    run.score_at = marks(args.eval_every) if args.eval_every and can_score(run.data) else []
-    run.save_at = marks(SAVE_EVERY)[1:]
     run.said = run.saved_at = time.perf_counter()
     run.bar = tqdm(total=100, disable=None if run.rank == 0 else True, ncols=80,
                    bar_format='{percentage:3.0f}% |{bar:8}| {postfix}')
@@ -809,12 +800,12 @@ def last_words(run, finished):
     """What was done in which time, and the command that goes on from here."""
     state = run.state
     if not finished:
-        say(f'stopped at step {state.step}, {percent(run)} of the budget; go on with {run.go_on}')
+        launch = 'python' if run.world == 1 else f'torchrun --nproc_per_node {run.world}'
+        say(f'stopped at step {state.step}, {percent(run)} of the budget; go on with {launch} '
+            f'train.py --resume {shlex.quote(str(run.folder))}')
         return
-    wall = time.perf_counter() - run.began
     say(f'{state.step:,} steps for {state.units:,.0f} units in {state.seconds:.0f} s, '
-        f'{100 * state.waiting / max(state.seconds, 1e-9):.0f} % of them waiting for data; '
-        f'{state.events:.0f} s of scores and files; {wall:.0f} s on the clock')
+        f'{100 * state.waiting / max(state.seconds, 1e-9):.0f} % of them waiting for data')
     weights = shlex.quote(str(run.folder / 'backbone.pt'))
     root = f' --data-root {shlex.quote(run.args.data_root)}' if run.args.data_root != 'data' else ''
     export = '' if can_score(run.data) else ' --export features.npz'

@@ -204,25 +204,23 @@ class Reader(Dataset):
         raise ValueError(f'no image can be read; the last is {path!a}: {unreadable[path]}')
 
 
-def unzipped(items):
-    """Of a batch of items: what was read, the indices (b), and the files that could not be read."""
-    results, indices, unreadable = zip(*items)
-    return results, torch.tensor(indices), unreadable
-
-
 def stacked(items):
-    """The same with a tensor (b c s s) a view: a few large ones leave a worker faster than many."""
-    results, indices, unreadable = unzipped(items)
-    return [torch.stack(view) for view in zip(*results)], indices, unreadable
+    """Of a batch of items: a tensor (b c s s) for each view, the indices (b), what is unreadable.
+
+    A few large tensors leave a worker faster than many small ones.
+    """
+    results, indices, unreadable = zip(*items)
+    views = [torch.stack(view) for view in zip(*results)]
+    return views, torch.tensor(indices), unreadable
 
 
 def finish_first(worker):
     """Signals reach all processes of a job; the main one finishes its step, and needs workers."""
-    for name in STOPS:
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
-STOPS = [name for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 # ---------------------------------------------------------------- a data set
@@ -243,27 +241,38 @@ class Images:
         self.root = root
         self.classes = tuple(classes)
         self.labels = labels
-        self.pixels = pixels
         self.files = files or dict(train=(), test=())
         self.say = say
         self.unreadable = dict(train={}, test={})              # path: reason, of those met so far
+        names = [name_below(root, path) for path in self.files['train']]
+        text = repr((name, self.classes, len(self), names)).encode()
+        self.fingerprint = hashlib.blake2b(text, digest_size=8).hexdigest()
+        self.pixels = None
         self.channels = 3
         self.mean = IMAGENET_MEAN
         self.std = IMAGENET_STD
         if pixels:
-            self.channels = pixels['train'].shape[1]
-            # 10,000 at random, since the images may be sorted by class
-            order = torch.randperm(len(self), generator=keyed_generator('mean and std'))
-            sample = pixels['train'][order[:10_000]] / 255
-            self.mean = tuple(sample.mean(dim=(0, 2, 3)).tolist())
-            std = sample.std(dim=(0, 2, 3)).clamp(min=1 / 255)     # a channel may be empty
-            self.std = tuple(std.tolist())
-        names = [name_below(root, path) for path in self.files['train']]
-        text = repr((name, self.classes, len(self), names)).encode()
-        self.fingerprint = hashlib.blake2b(text, digest_size=8).hexdigest()
+            self.hold(pixels)
+
+    def hold(self, pixels):
+        """Keeps the images of both splits in memory, and takes mean and std from them."""
+        self.pixels = pixels
+        self.channels = pixels['train'].shape[1]
+        # 10,000 at random, since the images may be sorted by class
+        order = torch.randperm(len(self), generator=keyed_generator('mean and std'))
+        sample = pixels['train'][order[:10_000]] / 255
+        mean = sample.mean(dim=(0, 2, 3))
+        std = sample.std(dim=(0, 2, 3)).clamp(min=1 / 255)     # a channel may be empty
+        self.mean = tuple(mean.tolist())
+        self.std = tuple(std.tolist())
 
     def __len__(self):
         return len(self.labels['train'])
+
+    @property
+    def cropped(self):
+        """Whether `batches` gives random crops: workers make them of files."""
+        return not self.pixels
 
     def transform(self, side, img_size):
         """How `center` prepares an image, as the arguments of timm.data.create_transform.
@@ -271,26 +280,27 @@ class Images:
         crop_pct is that of images in files larger than img_size; smaller ones are seen as a whole.
         """
         small = self.pixels and min(self.pixels['train'].shape[2:]) <= img_size
-        return dict(input_size=(self.channels, side, side), interpolation='bicubic',
-                    crop_pct=1.0 if small else 7 / 8, mean=self.mean, std=self.std)
-
-    def ids(self, split):
-        """The ids (n) of all images of a split, with or without a label."""
-        return torch.arange(len(self.labels[split]))
+        return dict(
+            input_size=(self.channels, side, side),
+            interpolation='bicubic',
+            crop_pct=1.0 if small else 7 / 8,
+            mean=self.mean,
+            std=self.std)
 
     def labelled_ids(self, split, limit=None):
         """The ids (n) of the labelled images, sorted. With a limit, a stratified random subset."""
         return labelled(self.labels[split], limit)
 
     def batches(self, steps, seed=0, workers=0):
-        """(images, labels (b)) for each (keys, Augmentations) of steps; keys are (index, epoch).
+        """([uint8 images of each view], labels (b)) for each (keys, Augmentations) of steps.
 
-        images: uint8 (b c h w) in memory; of files a list of crops, uint8 (b c s s) for each view.
+        keys: (index, epoch) of each image. The images are whole in memory (b c h w), the same for
+        all views, and of files they are `cropped` (b c s s).
         """
         if self.pixels:
-            for keys, _ in steps:
+            for keys, views in steps:
                 ids = torch.tensor([index for index, _ in keys])
-                yield self.pixels['train'][ids], self.labels['train'][ids]
+                yield [self.pixels['train'][ids]] * len(views), self.labels['train'][ids]
             return
         items = ([(*key, views) for key in keys] for keys, views in steps)
         read = partial(read_crops, seed=seed, root=self.root)
@@ -310,9 +320,9 @@ class Images:
             return
         items = ([(index,) for index in part.tolist()] for part in parts)
         read = partial(read_center, side=side, img_size=img_size)
-        for part, ((pictures,), _, intact) in zip(parts, self.read(split, items, read, workers)):
+        for (pictures,), ids, intact in self.read(split, items, read, workers):
             if intact.any():
-                yield pictures[intact], part[intact]
+                yield pictures[intact], ids[intact]
 
     def read(self, split, items, read, workers, collate=stacked):
         """(what was read, indices, whether each is the one asked for) of each batch of items."""
@@ -353,12 +363,15 @@ def list_images(root):
             if name.startswith('.') or not name.lower().endswith(EXTENSIONS):
                 others += 1
             else:
-                names.append(os.path.relpath(os.path.join(folder, name), root))
+                path = os.path.join(folder, name)
+                names.append(os.path.relpath(path, root))
     return sorted(names), others
 
 
 def find_splits(folders):
-    """(training folder, scored folder) among the first folders of a tree; None where there is none.
+    """(training folder, scored folder) among the first folders of a tree.
+
+    The whole tree is '', and None says that no folder is scored.
 
     Folders that look like splits under other names are refused: as classes they would give a score.
     """
@@ -377,7 +390,7 @@ def find_splits(folders):
     if any(map(alike, folders)) or len(some) > 1 or some == list(folders) != []:
         raise ValueError(f'the folders {", ".join(map(ascii, some))} look like splits; rename '
                          f'them to train and val, or to names of classes')
-    return None, None
+    return '', None
 
 
 def first_folder(name):
@@ -395,22 +408,24 @@ def load_folder(root, say=print):
     train, test = find_splits(folders)
 
     def below(folder):
-        """Names within a split, the whole tree if there is none."""
-        if folder is None:
-            return found
-        return [name[len(folder) + 1:] for name in found if name.startswith(folder + os.sep)]
+        """Names within a split."""
+        prefix = os.path.join(folder, '')
+        return [name.removeprefix(prefix) for name in found if name.startswith(prefix)]
 
     names = dict(train=below(train), test=below(test) if test else [])
+    files = {}
+    for split, folder in (('train', train), ('test', test)):
+        files[split] = [os.path.join(root, folder, name) for name in names[split]]
     classes = sorted({first_folder(name) for name in names['train']} - {''})
     classes = classes if len(classes) > 1 else []
     index = {name: i for i, name in enumerate(classes)}
-    labels = {split: torch.tensor([index.get(first_folder(name), -1) for name in names[split]],
-                                  dtype=torch.long) for split in names}
-    files = {split: [os.path.join(root, folder or '', name) for name in names[split]]
-             for split, folder in (('train', train), ('test', test))}
+    labels = {}
+    for split in names:
+        numbers = [index.get(first_folder(name), -1) for name in names[split]]
+        labels[split] = torch.tensor(numbers, dtype=torch.long)
     if classes and not test:
         # a stratified tenth is scored; the network is pretrained on it too, without its labels
-        count = len(labelled(labels['train']))
+        count = int((labels['train'] >= 0).sum())
         held = labelled(labels['train'], math.ceil(count / 10))
         files['test'] = [files['train'][i] for i in held]
         labels['test'] = labels['train'][held]
@@ -431,32 +446,29 @@ def load_folder(root, say=print):
 def in_memory_if_small(data):
     """The same Images in memory, if all have one size of at most 64 px and there is room."""
     total = sum(map(len, data.files.values()))
+    shape = None
     pixels = {}
     kept = {}
-    shape = None
     for split, files in data.files.items():
-        decoded = []
-        kept[split] = []
-        ids = data.ids(split)
-        parts = (ids[:1], *ids[1:].split(250))         # the first one shows that images are large
-        items = ([(int(i),) for i in part] for part in parts if len(part))
-        loaded = data.read(split, items, read_pixels, 0, unzipped)
-        for part in tqdm(loaded, f'decoding, {split}', leave=False, disable=None):
-            for image, i, whole in zip(*part):
-                shape = shape or image.shape
-                room = total * image.numel() <= MEMORY_LIMIT
-                if image.shape != shape or max(shape) > SMALL or not room:
-                    return data
-                if whole:
-                    decoded.append(image)
-                    kept[split].append(int(i))
-        pixels[split] = torch.stack(decoded) if decoded else torch.empty(0, *shape).byte()
-    labels = {split: data.labels[split][kept[split]] for split in kept}
-    files = {split: [data.files[split][i] for i in kept[split]] for split in kept}
-    held = Images(data.name, data.classes, labels, pixels, files, data.root, data.say)
-    held.fingerprint = data.fingerprint
-    held.unreadable = data.unreadable
-    return held
+        reader = Reader(files, read_pixels)
+        decoded = {}
+        for i in tqdm(range(len(files)), f'decoding, {split}', leave=False, disable=None):
+            image, _, unreadable = reader[i,]
+            data.report(split, unreadable)
+            shape = shape or image.shape
+            large = max(shape) > SMALL or total * image.numel() > MEMORY_LIMIT
+            if large or image.shape != shape:
+                return data
+            if not unreadable:
+                decoded[i] = image
+        kept[split] = list(decoded)
+        if decoded:
+            pixels[split] = torch.stack(list(decoded.values()))
+    for split, ids in kept.items():
+        data.labels[split] = data.labels[split][ids]
+        data.files[split] = [data.files[split][i] for i in ids]
+    data.hold(pixels)
+    return data
 
 
 # ---------------------------------------------------------------- loading
@@ -497,15 +509,12 @@ def from_torchvision(name, root, train):
 
 
 def self_check():
-    images, labels = render_shapes(600, seed=0)
-    data = Images('shapes', SHAPES, dict(train=labels, test=labels[:60]),
-                  dict(train=images, test=images[:60]))
     # labels are index % 12: evenly spaced, a third of the images holds 4 of the 12 classes
-    spaced = labels[::3].unique().numel()
-    counts = labels[data.labelled_ids('train', limit=200)].bincount().tolist()
-    print(f'200 of 600 images: {spaced} classes if evenly spaced, {len(counts)} if stratified, '
-          f'each {min(counts)} to {max(counts)} times')
-    assert spaced == 4 and len(counts) == 12 and min(counts) == 16 and max(counts) == 17
+    labels = torch.arange(600) % 12
+    spaced = labels[::3].unique()
+    counts = labels[labelled(labels, limit=200)].bincount()
+    print(f'200 of 600 images: {len(spaced)} classes if evenly spaced, {len(counts)} if stratified')
+    assert len(spaced) == 4 and set(counts.tolist()) == {16, 17}
 
     later = batch_keys(600, 128, seed=0, start_step=5)
     assert next(later) == next(itertools.islice(batch_keys(600, 128, seed=0), 5, None))
