@@ -35,7 +35,7 @@ def start(tmp_path, monkeypatch, tiny_fashion):
 
 def gradient_of(run):
     """(loss, gradient) of one batch on the CPU, its tokens drawn there."""
-    views = train.views_of(run, run.data.pixels['train'][:16], STRONG, 'cuda test')
+    views = train.views_of(run, [run.data.pixels['train'][:16]] * 2, STRONG, 'cuda test')
     with torch.autocast('cuda', torch.bfloat16, enabled=run.half):
         loss, _ = run.method(views, None, 0.5, keyed_generator('tokens'))
     return loss.item(), flat_gradient(loss, run.parameters).cpu()
@@ -71,7 +71,7 @@ def test_a_run_trains_stops_and_goes_on(run, stop_at, method, flags):
 
 def test_nothing_in_a_step_waits_for_the_gpu(start):
     run = start('moco', 'cuda')
-    images = run.data.pixels['train'][:16].pin_memory()
+    images = [run.data.pixels['train'][:16].pin_memory()] * 2
     for step in range(3):
         if step == 2:
             torch.cuda.set_sync_debug_mode('error')
