@@ -56,13 +56,13 @@ from statistics import mean, stdev
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'experiments' / 'results' / 'runs.jsonl'
 RUNS = Path('runs')
-PROTOCOLS = dict(linear='', finetune='--limit 10000')       # 4 minutes on a core, not 20
 TITLES = dict(shapes='shapes', fashion_mnist='Fashion-MNIST', cifar10='CIFAR-10')
 RECORDED = dict(                                     # uncompressed, before `search`
     moco=('', 'batch64', 'jitter2'),
     simclr=('',),
     dino=('', 'center0.9-local4', 'center0.9-local4-temperature0.1'),
 )
+LONGEST = dict(moco=0.32, simclr=0.16)               # judged runs of a strategy, M
 # of p8 for a unit, relative to an uncompressed one, at width 64 with full views (one thread)
 UNIT_SECONDS = dict(shapes=1.28, fashion_mnist=1.13, cifar10=1.21)
 COMPARED = (
@@ -149,11 +149,10 @@ def runs_of(study, records=()):
         columns = [cell.split() for cell in row.split('|')]
         for dataset, method, schedule, variant, budget, seed, *views in product(*columns):
             if '*' in variant:
-                recipe = chosen(records, dataset, schedule, method)
-                variant = variant.replace('*', recipe)
+                variant = variant.replace('*', chosen(records, dataset, schedule, method))
             views = '' if schedule == 'none' else (views or ['full'])[0]
-            run = dataset, method, schedule, variant.strip('-'), float(budget), int(seed), views
-            runs.append(Run(*run))
+            runs.append(Run(dataset, method, schedule, variant.strip('-'), float(budget),
+                            int(seed), views))
     return sorted(runs, key=lambda run: (run.budget, run.seed))
 
 
@@ -163,11 +162,11 @@ def chosen(records, dataset, schedule, method='moco'):
     found = {record['name']: record['knn'] for record in records}
     scores = defaultdict(list)
     for run in runs_of('search') + runs_of('simclr-search'):
+        name = name_of(run)
         if run[:3] == kind:
-            if name_of(run) not in found:
-                raise ValueError(f'{name_of(run)} is not in the results; run its search, then '
-                                 f'collect')
-            scores[run.variant].append(found[name_of(run)])
+            if name not in found:
+                raise ValueError(f'{name} is not in the results; run its search, then collect')
+            scores[run.variant].append(found[name])
     return max(scores, key=lambda variant: mean(scores[variant]))
 
 
@@ -178,17 +177,17 @@ def name_of(run):
     return '-'.join(filter(None, words))
 
 
-def files_of(run, root):
-    return [word.format(root) for word in FILES[run.dataset].split()]
+def words_of(command, root):
+    """A command line as a list; root, the folder of the data sets, may have spaces."""
+    return [word.format(root) for word in command.split()]
 
 
 def flags_of(run, root='data'):
-    """The flags of train.py, with the data sets below `root`."""
+    """The flags of train.py."""
     views = f'--views {run.views}' if run.views else ''
     recipe = ' '.join(PARTS[part] for part in run.variant.split('-'))
-    flags = (f'--method {run.method} --schedule {run.schedule} {views} {recipe} '
-             f'--budget {run.budget:g} --seed {run.seed} --eval-every 1')
-    return files_of(run, root) + flags.split()
+    return words_of(f'{FILES[run.dataset]} --method {run.method} --schedule {run.schedule} {views} '
+                    f'{recipe} --budget {run.budget:g} --seed {run.seed} --eval-every 1', root)
 
 
 # ---------------------------------------------------------------- run
@@ -200,43 +199,38 @@ def commands_of(run, args, recorded):
     if not finished(folder):
         if folder.name in recorded:
             return []
-        rest = f'--name {folder.name} --resume auto'.split()
-        commands.append(['train.py', *flags_of(run, args.data_root), *rest])
-    for protocol, limit in PROTOCOLS.items():
+        flags = flags_of(run, args.data_root)
+        commands.append(['train.py', *flags, '--name', folder.name, '--resume', 'auto'])
+    for protocol, limit in (('linear', ''), ('finetune', '--limit 10000')):      # 4 minutes, not 20
         if args.eval and protocol not in evaluated(folder):
-            words = f'eval.py --protocol {protocol} {limit} --weights {folder}'.split()
-            commands.append(words + files_of(run, args.data_root))
+            command = (f'eval.py --protocol {protocol} {limit} --weights {folder} '
+                       f'{FILES[run.dataset]}')
+            commands.append(words_of(command, args.data_root))
     return commands
 
 
 def describe(run, args):
     """What a reader needs to judge a result, in run.json: the command, versions, the machine."""
     folder = RUNS / name_of(run)
-    cpu = platform.machine()
-    if Path('/proc/cpuinfo').exists():
-        cpu = re.search('model name.*: (.*)', Path('/proc/cpuinfo').read_text())[1]
     note = dict(
-        name=folder.name,
-        study=args.study,
-        **run._asdict(),
+        name=folder.name, study=args.study, **run._asdict(),
         command=shlex.join(['python', 'train.py', *flags_of(run)]),
         versions=dict(python=platform.python_version(), torch=version('torch')),
-        machine=dict(device=cpu, cores=os.cpu_count(), runs_at_once=args.jobs),
-    )
+        machine=dict(device=platform.machine(), cores=os.cpu_count(), runs_at_once=args.jobs))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'run.json').write_text(json.dumps(note, indent=1))
+    (folder / 'run.json').write_text(json.dumps(note))
 
 
-def call(run, commands, args):
+def call(run, args, recorded):
     """Run the commands of a run one after another. True if one fails; what follows it is left."""
-    for script, *flags in commands:
+    for script, *flags in commands_of(run, args, recorded):
         if script == 'train.py':
             describe(run, args)
-        result = subprocess.run([sys.executable, str(ROOT / script), *flags], text=True,
+        result = subprocess.run([sys.executable, ROOT / script, *flags], text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        failed = 'failed: ' if result.returncode else ''
-        last = (result.stdout.strip() or 'it printed nothing').splitlines()[-1]
-        print(f'{name_of(run)}: {failed}{last}', flush=True)
+        failed = result.returncode != 0
+        last = result.stdout.strip().split('\n')[-1]
+        print(f'{name_of(run)}: {"failed: " * failed}{last}', flush=True)
         if failed:
             return True
     return False
@@ -247,75 +241,61 @@ def run_study(args):
     records = load_results()
     recorded = {record['name'] for record in records}
     runs = [run for run in runs_of(args.study, records) if re.search(args.only, name_of(run))]
-    commands = {run: commands_of(run, args, recorded) for run in runs}
-    todo = [run for run in runs if commands[run]]
     if args.dry_run:
-        for command in sum(commands.values(), []):
-            print(shlex.join(['python', *command]))
+        for run in runs:
+            for command in commands_of(run, args, recorded):
+                print(shlex.join(['python', *command]))
         return
-    print(f'{len(runs) - len(todo)} runs are finished, {len(todo)} to do', flush=True)
     if args.jobs > 1:
         os.environ['OMP_NUM_THREADS'] = '1'
     with ThreadPoolExecutor(args.jobs) as pool:      # Ctrl-C: what runs saves, nothing is begun
-        failed = sum(pool.map(lambda run: call(run, commands[run], args), todo))
+        failed = sum(pool.map(lambda run: call(run, args, recorded), runs))
     if failed:
-        raise ValueError(f'{failed} of {len(todo)} failed')
+        sys.exit(f'{failed} of {len(runs)} runs failed')
 
 
 # ---------------------------------------------------------------- collect
 
-def lines_of(path):
-    return path.read_text().splitlines() if path.exists() else []
+def read(path):
+    """The lines of a file of JSON, if it is there; half a line at its end is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith('}')]
 
 
 def read_log(folder):
-    """(lines of steps, lines of scores) of a run; half a line at the end is left out."""
-    lines = [json.loads(text) for text in lines_of(folder / 'log.jsonl') if text.endswith('}')]
-    steps = [dict(line, strategy=line.get('strategy') or line['query'])      # of earlier runs
-             for line in lines if 'loss' in line]
-    return steps, [line for line in lines if 'knn' in line]
+    """(lines of steps, lines of scores) of a run."""
+    lines = read(folder / 'log.jsonl')
+    return [line for line in lines if 'loss' in line], [line for line in lines if 'knn' in line]
 
 
 def finished(folder):
     _, scores = read_log(folder)
-    return bool(scores) and scores[-1]['progress'] == 1
+    return any(score['progress'] == 1 for score in scores)
 
 
 def evaluated(folder):
     """{protocol: score} of eval.py, in percent."""
-    lines = map(json.loads, lines_of(folder / 'eval.jsonl'))
-    return {line['name']: round(line['score'], 2) for line in lines}
-
-
-def record_of(folder):
-    """A line of runs.jsonl: what run.json says of the run, and its scores."""
-    record = json.loads((folder / 'run.json').read_text())
-    steps, scores = read_log(folder)
-    # over the budget, from the random network on
-    record['curve'] = [{key: round(score[key], 2) for key in ('units', 'seconds', 'nn', 'knn')}
-                       for score in scores]
-    record.update(record['curve'][-1])
-    record['strategies'] = {}                        # and the progress at which each is first seen
-    for line in steps:
-        record['strategies'].setdefault(line['strategy'], round(line['progress'], 3))
-    if evaluated(folder):
-        record['eval'] = evaluated(folder)
-    return record
+    return {line['name']: round(line['score'], 2) for line in read(folder / 'eval.jsonl')}
 
 
 def collect(args):
     """Add the finished runs below runs/ to the results; a run is known by its name."""
-    lines = {json.loads(line)['name']: line for line in lines_of(RESULTS)}
-    for note in RUNS.glob('*/run.json'):
-        if finished(note.parent):
-            lines[note.parent.name] = json.dumps(record_of(note.parent))
-    RESULTS.write_text(''.join(lines[name] + '\n' for name in sorted(lines)))
-    print(f'{RESULTS.name} has {len(lines)} runs')
+    records = {record['name']: record for record in read(RESULTS)}
+    for path in RUNS.glob('*/run.json'):
+        if finished(path.parent):
+            _, scores = read_log(path.parent)
+            curve = [{key: round(score[key], 2) for key in ('units', 'seconds', 'nn', 'knn')}
+                     for score in scores]            # from the random network on
+            record = json.loads(path.read_text())
+            record.update(curve[-1], curve=curve, eval=evaluated(path.parent))
+            records[record['name']] = record
+    RESULTS.write_text(''.join(json.dumps(records[name]) + '\n' for name in sorted(records)))
+    print(f'{RESULTS.name} has {len(records)} runs')
 
 
 def load_results():
     """The records of runs.jsonl. views: '' of an uncompressed run, else 'small' or 'full'."""
-    records = [json.loads(line) for line in lines_of(RESULTS)]
+    records = read(RESULTS)
     for record in records:
         record.update(record.get('eval', {}))
         record['views'] = record.get('views', 'full') * (record['schedule'] != 'none')
@@ -357,9 +337,9 @@ def sides(records, dataset, schedule='p8', method='moco'):
     """
     try:
         base, fast = [
-            select(records, dataset, method, one, chosen(records, dataset, one, method), 'full')
+            select(records, dataset, method, one, chosen(records, dataset, one, method))
             for one in ('none', schedule)]
-        if base[0.32] and fast[0.32]:
+        if base[0.32] and fast[LONGEST[method]]:
             return base, fast
     except (KeyError, ValueError):
         pass
@@ -371,88 +351,84 @@ def sides(records, dataset, schedule='p8', method='moco'):
 def crossing(points, target):
     """The x at which a curve through points (x, y), by rising x, first reaches y = target.
 
-    Linear in log x between the points. -inf if the curve starts at or above the target, inf if it
-    never gets there.
+    Linear in log x between the points. The first x if the curve starts at or above the target, inf
+    if it never gets there.
     """
     if points[0][1] >= target:
-        return -inf
+        return points[0][0]
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
         if y1 >= target:
             return x0 * (x1 / x0) ** ((target - y0) / (y1 - y0))
     return inf
 
 
-def speed_ups(base, fast, budget):
-    """{seed: (ratio, whether it is a lower bound)}; a ratio of 0: no run is as good.
+def speed_up(base, fast, budget, factor=1.0):
+    """'6.1 +- 0.4' if every seed has a number, else what each says: '> 4.0, 6.1, not reached'.
 
-    base, fast: {budget: {seed: record}} of uncompressed and compressed runs.
+    base, fast: {budget: {seed: record}} of uncompressed and compressed runs. The numbers are
+    divided by factor. '' if nothing shorter than the uncompressed runs was run.
     """
-    outcomes = {}
+    exact, texts = [], []
     for seed, reference in base.get(budget, {}).items():
         runs = [by_seed[seed] for by_seed in fast.values() if seed in by_seed]
-        if runs and runs[0]['budget'] < budget:      # else nothing shorter was run
+        if runs and runs[0]['budget'] < budget:
             points = [(run['units'], run['knn']) for run in runs]
-            x = crossing(points, reference['knn'])
-            bound = x == -inf
-            outcomes[seed] = reference['units'] / (points[0][0] if bound else x), bound
-    return outcomes
-
-
-def speed_up_text(outcomes, factor=1.0):
-    """'6.1 +- 0.4' if every seed has a number, else what each says."""
-    ratios = [ratio / factor for ratio, bound in outcomes.values() if ratio and not bound]
-    if ratios and len(ratios) == len(outcomes):
-        deviation = f' +- {stdev(ratios):.1f}' if len(ratios) > 1 else ''
-        return f'{mean(ratios):.1f}{deviation}'
-    texts = [f'{"> " * bound}{ratio / factor:.1f}' if ratio else 'not reached'
-             for ratio, bound in outcomes.values()]
+            ratio = reference['units'] / crossing(points, reference['knn']) / factor
+            bound = runs[0]['knn'] >= reference['knn']
+            if ratio and not bound:
+                exact.append(ratio)
+            texts.append(f'{"> " * bound}{ratio:.1f}' if ratio else 'not reached')
+    if len(exact) == len(texts) > 1:
+        return f'{mean(exact):.1f} +- {stdev(exact):.1f}'
     return ', '.join(texts)
 
 
 # ---------------------------------------------------------------- tables
 
-def table(head, rows):
-    """rows: {first columns: {data set: text}}"""
-    lines = [[*head, *TITLES.values()], ['---'] * (len(head) + len(TITLES))]
-    lines += [[*row, *(texts.get(dataset, '') for dataset in TITLES)]
-              for row, texts in rows.items()]
-    return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
+def table(head, cells):
+    """The data sets as columns. cells: {(first columns, data set): text}"""
+    head = [*head, *TITLES.values()]
+    lines = [head, ['---'] * len(head)]
+    for row in dict.fromkeys(key[:-1] for key in cells):
+        lines.append([*map(str, row), *(cells.get((*row, dataset), '') for dataset in TITLES)])
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def first_table(records):
     """Both sides at 0.32 M, and how many times fewer units and seconds p8 takes."""
-    rows = defaultdict(dict)
+    cells = {}
     for dataset in TITLES:
         base, fast = sides(records, dataset)
         default = select(records, dataset, 'moco', 'none')
-        for side, title in ((base, 'uncompressed, tuned'), (fast, '`p8`, the same budget')):
-            score = mean(run['knn'] for run in side[0.32].values())
-            rows[f'{title}, %',][dataset] = f'{score:.1f}'
-        for title, slow, factor in (
-            ('`p8` is as good with so many times fewer units', base, 1),
-            ('and so many times fewer seconds (estimate)', base, UNIT_SECONDS[dataset]),
-            ('fewer units against the default alone', default, 1),
+        tuned, p8 = [mean(run['knn'] for run in side[0.32].values()) for side in (base, fast)]
+        for title, text in (
+            ('uncompressed, tuned, %', f'{tuned:.1f}'),
+            ('`p8`, the same budget, %', f'{p8:.1f}'),
+            ('`p8` is as good with so many times fewer units', speed_up(base, fast, 0.32)),
+            ('and so many times fewer seconds (estimate)',
+             speed_up(base, fast, 0.32, UNIT_SECONDS[dataset])),
+            ('fewer units against the default alone', speed_up(default, fast, 0.32)),
         ):
-            rows[title,][dataset] = speed_up_text(speed_ups(slow, fast, 0.32), factor)
-    return table(['20-NN, ViT of width 64, 0.32 million units, 3 seeds'], rows)
+            cells[title, dataset] = text
+    return table(['20-NN, ViT of width 64, 0.32 million units, 3 seeds'], cells)
 
 
 def speed_up_table(records):
     """Compressed runs of the default recipe against uncompressed ones: the default's / the best."""
-    rows = defaultdict(dict)
+    cells = {}
     for pair, budget, dataset in product(COMPARED, (0.08, 0.32, 1.28, 4.0), TITLES):
         method, schedule = pair.split()
         default = [select(records, dataset, method, one) for one in ('none', schedule)]
         tuned = sides(records, dataset, schedule, method)
-        texts = [speed_up_text(speed_ups(*runs, budget)) or '-' for runs in (default, tuned)]
+        texts = [speed_up(*runs, budget) or '-' for runs in (default, tuned)]
         if texts != ['-', '-']:
-            rows[method, schedule, budget][dataset] = ' / '.join(texts)
-    return table(['method', 'strategy', 'M units'], rows)
+            cells[method, schedule, budget, dataset] = ' / '.join(texts)
+    return table(['method', 'strategy', 'M units'], cells)
 
 
 def verdict_table(records):
     """Small views minus full ones, paired by seed: mean +- standard error (number of pairs)."""
-    rows = defaultdict(dict)
+    cells = {}
     for schedule, budget, dataset in product(('p8', 'p8-drop0.50'), (0.08, 0.32), TITLES):
         small, full = [
             select(records, dataset, 'moco', schedule, '', views).get(budget, {})
@@ -460,35 +436,29 @@ def verdict_table(records):
         gains = [small[seed]['knn'] - full[seed]['knn'] for seed in small if seed in full]
         if len(gains) > 1:
             error = stdev(gains) / len(gains) ** 0.5
-            rows[schedule, budget][dataset] = f'{mean(gains):+.1f} +- {error:.1f} ({len(gains)})'
-    return table(['strategy', 'M units'], rows)
+            text = f'{mean(gains):+.1f} +- {error:.1f} ({len(gains)})'
+            cells[schedule, budget, dataset] = text
+    return table(['strategy', 'M units'], cells)
 
 
 def score_table(records):
-    """Means over seeds; without what has one seed on every data set, unless it is long."""
-    groups = defaultdict(lambda: defaultdict(list))
-    kind = itemgetter('method', 'schedule', 'variant', 'views', 'budget')
+    """Means over seeds: '50.2 (3), LP 60.0 (1)'. Short runs and single seeds are left out."""
+    kind = itemgetter('method', 'schedule', 'variant', 'views', 'budget', 'dataset')
+    groups = defaultdict(list)
     for record in records:
-        groups[kind(record)][record['dataset']].append(record)
-    rows = {}
+        groups[kind(record)].append(record)
+    cells = {}
     for key in sorted(groups):
-        method, schedule, variant, views, budget = key
-        if budget > 1 or max(map(len, groups[key].values())) > 1:
-            words = schedule, variant, views.replace('full', '')
-            strategy = ' '.join(filter(None, words))
-            rows[method, strategy, budget] = {
-                dataset: scores_text(runs) for dataset, runs in groups[key].items()}
-    return table(['method', 'strategy, recipe', 'M units'], rows)
-
-
-def scores_text(runs):
-    """'50.2 (3), LP 60.0 (1)'"""
-    texts = []
-    for key, title in (('knn', ''), ('linear', 'LP '), ('finetune', 'FT ')):
-        values = [run[key] for run in runs if key in run]
-        if values:
-            texts.append(f'{title}{mean(values):.1f} ({len(values)})')
-    return ', '.join(texts)
+        runs = groups[key]
+        budget = key[4]
+        if budget >= 0.32 and (budget > 1 or len(runs) > 1):
+            texts = []
+            for score, title in (('knn', ''), ('linear', 'LP '), ('finetune', 'FT ')):
+                values = [run[score] for run in runs if score in run]
+                if values:
+                    texts.append(f'{title}{mean(values):.1f} ({len(values)})')
+            cells[key] = ', '.join(texts)
+    return table(['method', 'strategy', 'recipe', 'views', 'M units'], cells)
 
 
 def tables(args):
@@ -620,18 +590,15 @@ def main(argv=None):
     command.set_defaults(action=run_study)
     add = command.add_argument
     add('study', choices=STUDIES)
-    add('--only', default='', metavar='REGEX', help='only runs whose names have a match')
+    add('--only', default='', help='only runs whose names match this regular expression')
     add('--jobs', type=int, default=1, help='runs at a time; of several, each has one thread')
     add('--data-root', default='data', help='folder of the data sets')
     add('--eval', action='store_true', help='also score by linear probe and fine-tuning')
     add('--dry-run', action='store_true', help='print the commands')
-    commands.add_parser('collect', help='finished runs -> results').set_defaults(action=collect)
-    commands.add_parser('tables', help='results -> README.md').set_defaults(action=tables)
+    for action in (collect, tables):
+        commands.add_parser(action.__name__, help=action.__doc__).set_defaults(action=action)
     args = parser.parse_args(argv)
-    try:
-        args.action(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f'reproduce.py: error: {error}')
+    args.action(args)
 
 
 if __name__ == '__main__':

@@ -1,18 +1,18 @@
 """The scripts of experiments/: what is run, what is collected, the numbers and pictures of it."""
 import json
+import shlex
 from math import inf
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 
 import pictures
 import reproduce
 import train
 from compress import Compression, pi_resize
 
-# A train.py that leaves the log of a finished run, as earlier ones wrote it, or fails at seed 1.
+# A train.py that leaves the log of a finished run, or fails at seed 1.
 STUB = '''
 import json, pathlib, sys
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -20,9 +20,8 @@ if flags['--seed'] == '1':
     print('a line before')
     sys.exit('train.py: error: no such data')
 folder = pathlib.Path('runs') / flags['--name']
-step = dict(step=5, progress=1.0, loss=1.0, query=flags['--schedule'])
-score = dict(progress=1.0, units=80.0, seconds=2.0, nn=50.0, knn=55.0)
-log = [dict(score, progress=0.0, knn=30.0), step, score]
+score = dict(progress=1.0, units=80.0, seconds=2.0, nn=50.0, knn=55.004)
+log = [dict(score, progress=0.0, knn=30.0), dict(progress=1.0, loss=1.0), score]
 (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + chr(10) for line in log))
 print('trained', flags['--budget'])
 '''
@@ -50,41 +49,33 @@ def record(schedule, budget, seed, knn, **others):
                      name='', budget=budget, seed=seed, units=1e6 * budget, knn=knn), **others)
 
 
-def searched(scores):
-    """Records of a search of p8: {recipe: 20-NN of each seed}."""
-    return [dict(name=reproduce.name_of(run), knn=scores[run.variant][run.seed - 10])
-            for run in reproduce.runs_of('search') if run.variant in scores]
-
-
 # ---- speed-up
 
-@pytest.mark.parametrize('points, target, x', [
-    ([(10, 50.0), (40, 60.0)], 55.0, 20),                   # half of log 4: twice 10
-    ([(1, 2.0), (4, 6.0), (16, 4.0), (64, 8.0)], 4.0, 2),   # the first time, before it falls again
-    ([(10, 50.0), (40, 60.0)], 50.0, -inf),                 # no lower budget was run
-    ([(10, 50.0), (40, 60.0)], 60.1, inf),                  # nothing is extrapolated
-])
-def test_crossing_is_linear_in_the_logarithm(points, target, x):
-    assert reproduce.crossing(points, target) == pytest.approx(x)
+def test_crossing_is_linear_in_the_logarithm():
+    """50 % to 60 % from 10 to 40: 55 % half way in log 4, twice 10. Nothing is extrapolated."""
+    points = (10, 50.0), (40, 60.0)
+    found = [reproduce.crossing(points, target) for target in (49.0, 50.0, 55.0, 60.1)]
+    assert found == pytest.approx([10, 10, 20, inf])
+    falls_again = (1, 2.0), (4, 6.0), (16, 4.0), (64, 8.0)
+    assert reproduce.crossing(falls_again, 4.0) == pytest.approx(2)
 
 
-@pytest.mark.parametrize('outcomes, text', [
-    ([(8.0, False), (10.0, False)], '9.0 +- 1.4'),
-    ([(8.0, False), (16.0, True), (0.0, False)], '8.0, > 16.0, not reached'),
-])
-def test_bounds_are_not_averaged(outcomes, text):
-    assert reproduce.speed_up_text(dict(enumerate(outcomes))) == text
+def test_speed_up_divides_whole_runs_of_the_same_seed_and_bounds_are_not_averaged():
+    """50 % is half way in log 4 from 0.08 to 0.32 M: 1.28 / 0.16 = 8; at 0.32 M: 4.
 
-
-def test_speed_up_divides_whole_runs_of_the_same_seed():
-    """50 % is half way in log 4 from 40 to 60, at 0.16 M: 1.28 / 0.16 = 8.
-
-    Seed 1 has no compressed run and is not compared; a longer compressed run is none either.
+    Seed 3 has no compressed run, seed 4 a longer one alone: they are not compared.
     """
-    base = {1.28: {seed: record('none', 1.28, seed, 50.0) for seed in (0, 1, 2)}}
-    points = (0.08, 0, 40.0), (0.32, 0, 60.0), (2.56, 2, 90.0)
-    fast = {budget: {seed: record('p8', budget, seed, knn)} for budget, seed, knn in points}
-    assert reproduce.speed_ups(base, fast, 1.28) == {0: (pytest.approx(8), False)}
+    base = {1.28: {seed: dict(units=1.28, knn=50.0) for seed in range(5)}}
+    columns = {0.08: (40.0, 40.0, 50.0), 0.32: (60.0, 50.0, 60.0)}
+    fast = {budget: {seed: dict(budget=budget, units=budget, knn=knn)
+                     for seed, knn in enumerate(column)} for budget, column in columns.items()}
+    fast[2.56] = {4: dict(budget=2.56, units=2.56, knn=90.0)}
+    assert reproduce.speed_up(base, fast, 1.28) == '8.0, 4.0, > 16.0'
+    del fast[0.08][2], fast[0.32][2]
+    assert reproduce.speed_up(base, fast, 1.28) == '6.0 +- 2.8'
+    assert reproduce.speed_up(base, fast, 1.28, factor=2) == '3.0 +- 1.4'
+    del fast[0.32]
+    assert reproduce.speed_up(base, fast, 1.28) == 'not reached, not reached'
 
 
 def test_best_recipe_is_that_of_each_seed_that_all_recipes_have():
@@ -100,12 +91,15 @@ def test_best_recipe_is_that_of_each_seed_that_all_recipes_have():
 # ---- protocol
 
 def test_the_recipe_with_the_best_mean_of_the_search_is_chosen():
-    """The best single run (batch64, 60) does not win."""
-    scores = {'': (50, 50), 'batch64': (60, 45), 'jitter2': (54, 53), 'crop0.6': (1, 1)}
-    records = searched({**scores, 'jitter2-batch64': (2, 2)})
+    """The best single run (batch64, 60) does not win. Nothing is chosen from part of a search."""
+    scores = {'': (50, 50), 'batch64': (60, 45), 'jitter2': (54, 53), 'crop0.6': (1, 1),
+              'jitter2-batch64': (2, 2)}
+    records = [dict(name=reproduce.name_of(run), knn=scores[run.variant][run.seed - 10])
+               for run in reproduce.runs_of('search')]
     assert reproduce.chosen(records, 'shapes', 'p8@0,p4@0.5') == 'jitter2'
-    with pytest.raises(ValueError, match='shapes-moco-p8-jitter2-batch64-0.08M-seed10 is no'):
-        reproduce.chosen(searched(scores), 'shapes', 'p8')
+    part = [record for record in records if 'crop0.6' not in record['name']]
+    with pytest.raises(ValueError, match='shapes-moco-p8-crop0.6-0.08M-seed10 is not'):
+        reproduce.chosen(part, 'shapes', 'p8')
 
 
 def test_both_sides_of_the_search_have_the_same_runs_and_other_seeds_judge(monkeypatch):
@@ -117,14 +111,14 @@ def test_both_sides_of_the_search_have_the_same_runs_and_other_seeds_judge(monke
     assert judge == {('jitter2', seed) for seed in (0, 1, 2)}
 
 
-@pytest.mark.parametrize('study', reproduce.STUDIES)
-def test_commands_are_those_of_train_and_none_runs_twice(study, monkeypatch):
+def test_commands_are_those_of_train_and_none_runs_twice(monkeypatch):
     monkeypatch.setattr(reproduce, 'chosen', lambda *key: 'jitter2-batch64')
-    runs = reproduce.runs_of(study)
-    assert len(set(map(reproduce.name_of, runs))) == len(runs)
-    for run in runs[::7]:
-        args, _ = train.parse_args(reproduce.flags_of(run))
-        assert (args.budget, args.views) == (run.budget, run.views or 'full')
+    for study in reproduce.STUDIES:
+        runs = reproduce.runs_of(study)
+        assert len(set(map(reproduce.name_of, runs))) == len(runs)
+        for run in runs[::7]:
+            args, _ = train.parse_args(reproduce.flags_of(run))
+            assert (args.budget, args.views) == (run.budget, run.views or 'full')
 
 
 # ---- run and collect
@@ -143,7 +137,7 @@ def test_a_run_that_fails_is_named_and_finished_or_recorded_ones_are_skipped(stu
 
 
 def test_collecting_adds_lines_and_leaves_the_others_as_they_are(stub):
-    old = '{"name": "a run of the past", "schedule": "p8",   "budget": 1}'
+    old = '{"name": "a run of the past", "schedule": "p8", "units": 1000000.0}'
     (stub / 'runs.jsonl').write_text(old + '\n')
     with pytest.raises(SystemExit):
         verdict()
@@ -156,8 +150,19 @@ def test_collecting_adds_lines_and_leaves_the_others_as_they_are(stub):
     new = json.loads(lines[1])
     assert new['command'] == ('python train.py --method moco --schedule p8 --views small '
                               '--budget 0.08 --seed 0 --eval-every 1')
-    assert new['strategies'] == {'p8': 1.0}
+    assert [new['knn'], *(score['knn'] for score in new['curve'])] == [55.0, 30.0, 55.0]
     assert [run['views'] for run in reproduce.load_results()] == ['full', 'small', 'full', 'small']
+
+
+def test_a_dry_run_prints_training_and_both_scores(stub, capsys):
+    reproduce.main(['run', 'machine', '--only', 'cifar10.*seed0', '--dry-run', '--eval',
+                    '--data-root', 'my data'])
+    commands = list(map(shlex.split, capsys.readouterr().out.splitlines()))
+    assert [command[1:4] for command in commands] == [
+        ['train.py', '--dataset', 'folder'],
+        ['eval.py', '--protocol', 'linear'],
+        ['eval.py', '--protocol', 'finetune']]
+    assert all('my data/cifar10' in command for command in commands)
 
 
 # ---- tables
@@ -170,11 +175,14 @@ def test_small_and_full_views_are_compared_seed_by_seed():
     assert '| p8 | 0.08 | +2.0 +- 1.0 (2) |  |  |' in reproduce.verdict_table(records)
 
 
-def test_the_table_of_runs_has_means_and_scores_of_eval():
-    records = [record('none', 0.32, seed, knn) for seed, knn in ((0, 50.0), (1, 52.0))]
+def test_the_table_of_runs_has_means_and_leaves_out_short_runs_and_single_seeds():
+    records = [record('none', budget, seed, knn) for budget, seed, knn in (
+        (0.32, 0, 50.0), (0.32, 1, 52.0), (4, 0, 70.0), (0.08, 0, 1.0), (0.08, 1, 1.0))]
     records[0]['linear'] = 60.0
-    line = '| moco | none | 0.32 | 51.0 (2), LP 60.0 (1) |  |  |'
-    assert line in reproduce.score_table(records)
+    records.append(record('p8', 0.32, 0, 1.0))
+    assert reproduce.score_table(records).splitlines()[2:] == [
+        '| moco | none |  |  | 0.32 | 51.0 (2), LP 60.0 (1) |  |  |',
+        '| moco | none |  |  | 4 | 70.0 (1) |  |  |']
 
 
 def test_the_chosen_recipes_are_compared_once_they_are_judged(monkeypatch):
@@ -210,15 +218,14 @@ def test_seen_pixels_give_the_tokens_of_the_large_patches():
 
 def test_neighbours_are_the_nearest_and_other_classes_are_framed():
     """Queries along two axes of the plane; near the first, one image is of another class."""
-    angles = torch.tensor([0.0, 0.1, 0.2, 1.4, 1.5, 1.6])
+    angles = torch.tensor([0.0, 1.571, 0.0, 0.1, 0.2, 1.4, 1.5, 1.6])
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
-    labels = torch.tensor([0, 7, 0, 1, 1, 1])
-    bank = features, labels, torch.arange(6).view(6, 1, 1, 1)
-    axes = pictures.Figure().subplots(2, 3)
-    pictures.draw_neighbours(axes, (torch.eye(2), labels[[0, 3]]), bank, 'so')
+    labels = torch.tensor([0, 1, 0, 7, 0, 1, 1, 1])
+    axes = pictures.Figure().subplots(2, 4)
+    pictures.draw_neighbours(axes, features, labels, torch.arange(8).view(8, 1, 1, 1), 'so')
     drawn = [axis.images[0].get_array()[0, 0, 0] for axis in axes.flat]
     framed = [axis.spines['left'].get_visible() for axis in axes.flat]
-    assert drawn == [0, 1, 2, 5, 4, 3] and framed == [False, True, False, False, False, False]
+    assert drawn == [0, 2, 3, 4, 1, 7, 6, 5] and [i for i in range(8) if framed[i]] == [2]
 
 
 def test_curves_say_how_much_sooner_the_lower_final_accuracy_is_reached(tmp_path):
@@ -234,8 +241,7 @@ def test_curves_say_how_much_sooner_the_lower_final_accuracy_is_reached(tmp_path
 
 
 @pytest.mark.parametrize('words', [
-    ['compression'], ['headline'],
-    ['gradstats', str(ROOT / 'experiments' / 'results' / 'gradstats.jsonl')]])
+    ['compression'], ['headline'], ['gradstats', str(reproduce.RESULTS.with_name('gradstats.jsonl'))]])
 def test_pictures_are_written(words, tmp_path):
     pictures.main([*words, '-o', str(tmp_path / 'picture.png')])
     assert (tmp_path / 'picture.png').read_bytes()[:4] == b'\x89PNG'
