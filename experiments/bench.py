@@ -110,9 +110,9 @@ def loader(args):
     photo = Image.open(args.image)
     print('| JPEG | strategy, views | worker, ms an image | device, ms | times faster than '
           "torchvision's transforms |\n|---|---|---|---|---|")
-    for size in ((500, 375), (2000, 1500)):
+    for w, h in ((500, 375), (2000, 1500)):
         file = tempfile.NamedTemporaryFile(suffix='.jpg')
-        photo.resize(size).save(file.name, quality=90)
+        photo.resize((w, h)).save(file.name, quality=90)
 
         def usual():
             for _ in range(n):
@@ -128,7 +128,7 @@ def loader(args):
         for case in LARGE:
             worker, device = ms[case, 'worker'], ms[case, 'device']
             faster = ms['usual'] / (worker + device)
-            print(f'| {size[0]} x {size[1]} | {case} | {worker:.2f} | {device:.2f} | {faster:.2f} |')
+            print(f'| {w} x {h} | {case} | {worker:.2f} | {device:.2f} | {faster:.2f} |')
 
 
 def lightly(args):

@@ -72,7 +72,7 @@ def seen(photo, tau):
 
 
 def units(tau):
-    """Of a sample of MoCo-v3, ViT-B at 224 px: query forward and backward, key forward; no heads."""
+    """Of a sample of MoCo-v3, ViT-B at 224 px without heads: query trained, key passed forward."""
     n = patches_per_side(224, tau.patch_size) ** 2
     query = pass_flops(num_keep(n, tau.drop_rate), *VIT_B, trains=True)
     return (query + pass_flops(n, *VIT_B)) / pass_flops(14 ** 2, *VIT_B)
