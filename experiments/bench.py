@@ -1,16 +1,16 @@
 """Speed tables: CPU time, one thread, what is compared in turns in one process, medians.
 
     python experiments/bench.py step                      # a training step, beside lightly's
-    python experiments/bench.py loader --image photo.jpg  # views of photos; cores for one GPU
+    python experiments/bench.py loader --image photo.jpg  # views of photos
     python experiments/bench.py lightly                   # with_lightly.py with and without
 
 --rounds 1 --batch-size 8 is a quick look.
 """
 import argparse
-import statistics
 import tempfile
 import time
 from functools import partial
+from statistics import median
 
 import torch
 from lightly.transforms import BYOLTransform, MoCoV2Transform
@@ -19,14 +19,13 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 import with_lightly
-from pictures import RESULTS, units
-from compress import Compression, pass_flops, patches_per_side
+from reproduce import RESULTS
+from compress import Compression, patches_per_side
 from images.data import read_crops
 from images.views import make_view, make_views, recipe
 from losses import MoCo
 from vit import ViT
 
-GPU = 400e12                            # FLOP/s that a large GPU may reach in training: assumed
 SMALL = 'p4 full', 'p8 full', 'p8 small', 'p8-drop0.50 full', 'p8-drop0.50 small'
 LARGE = ('p16 full', 'p24-drop0.50 full', 'p24-drop0.50 small', 'p30-drop0.50 full',
          'p30-drop0.50 small', 'p48-drop0.50 full', 'p48-drop0.50 small')
@@ -40,7 +39,7 @@ def in_turns(functions, rounds):
             start = time.process_time()
             function()
             times[name].append(1e3 * (time.process_time() - start))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+    return {name: median(values[1:]) for name, values in times.items()}
 
 
 def strategy_of(case):
@@ -71,12 +70,10 @@ def step(args):
     images = torch.randint(0, 256, (args.batch_size, 3, 32, 32), dtype=torch.uint8)
     photos = list(map(to_pil_image, images))
     transform = MoCoV2Transform(32, gaussian_blur=0.0)
-    print('| width | strategy, views | ms | ms a unit, relative | times faster than lightly |\n'
-          '|---|---|---|---|---|')
+    print('| width | strategy, views | ms | times faster than lightly |\n|---|---|---|---|')
     for width, depth in ((64, 4), (192, 6)):
-        sizes = 32, 4, width, depth
         method = MoCo(ViT(32, 4, 3, width, depth, max(2, width // 64)), hidden=512)
-        usual = with_lightly.MoCo(True, *sizes)
+        usual = with_lightly.MoCo(True, 32, 4, width, depth)
 
         def loss_of(case):
             method.update_teacher(0.99)
@@ -91,13 +88,8 @@ def step(args):
         functions = {case: partial(ours, case) for case in SMALL}
         functions['usual'] = trainer(usual, usual_loss)
         ms = in_turns(functions, args.rounds)
-        heads = [head for *_, head in method.passes()]
-        base_cost = units(strategy_of('p4 full'), *sizes, heads)
         for case in SMALL:
-            relative = ms[case] / ms['p4 full']
-            unit = relative * base_cost / units(strategy_of(case), *sizes, heads)
-            faster = ms['usual'] / ms[case]
-            print(f'| {width} | {case} | {ms[case]:.1f} | {unit:.2f} | {faster:.2f} |', flush=True)
+            print(f'| {width} | {case} | {ms[case]:.1f} | {ms["usual"] / ms[case]:.2f} |')
 
 
 def cut(path, kinds, n):
@@ -112,16 +104,15 @@ def finish(crops, kinds):
 
 
 def loader(args):
-    """Both views of JPEGs at 224 px: in a worker and on the device, and cores that feed one GPU."""
+    """Both views of JPEGs at 224 px: in a loader worker and on the device."""
     n = args.batch_size
     transform = BYOLTransform(BYOLView1Transform(224), BYOLView2Transform(224))
     photo = Image.open(args.image)
     print('| JPEG | strategy, views | worker, ms an image | device, ms | times faster than '
-          "torchvision's transforms | images/s of ViT-B on one GPU (computed) | cores that feed it "
-          '(computed) | of torchvision |\n|---|---|---|---|---|---|---|---|')
-    for size in ((500, 375), (2000, 1500)):
+          "torchvision's transforms |\n|---|---|---|---|---|")
+    for w, h in ((500, 375), (2000, 1500)):
         file = tempfile.NamedTemporaryFile(suffix='.jpg')
-        photo.resize(size, Image.Resampling.BICUBIC).save(file.name, quality=90)
+        photo.resize((w, h)).save(file.name, quality=90)
 
         def usual():
             for _ in range(n):
@@ -133,14 +124,11 @@ def loader(args):
             crops = cut(file.name, kinds, n)
             functions[case, 'worker'] = partial(cut, file.name, kinds, n)
             functions[case, 'device'] = partial(finish, crops, kinds)
-        seconds = {name: ms / n / 1e3 for name, ms in in_turns(functions, args.rounds).items()}
+        ms = {name: ms / n for name, ms in in_turns(functions, args.rounds).items()}
         for case in LARGE:
-            worker, device = seconds[case, 'worker'], seconds[case, 'device']
-            rate = GPU / units(strategy_of(case)) / pass_flops(196, 768, 768, 12)
-            faster = seconds['usual'] / (worker + device)
-            print(f'| {size[0]} x {size[1]} | {case} | {1e3 * worker:.2f} | {1e3 * device:.2f} | '
-                  f'{faster:.2f} | {rate:,.0f} | {rate * worker:.1f} | '
-                  f'{rate * seconds["usual"]:.1f} |', flush=True)
+            worker, device = ms[case, 'worker'], ms[case, 'device']
+            faster = ms['usual'] / (worker + device)
+            print(f'| {w} x {h} | {case} | {worker:.2f} | {device:.2f} | {faster:.2f} |')
 
 
 def lightly(args):

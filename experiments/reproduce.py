@@ -56,13 +56,13 @@ from statistics import mean, stdev
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'experiments' / 'results' / 'runs.jsonl'
 RUNS = Path('runs')
-PROTOCOLS = dict(linear='', finetune='--limit 10000')       # 4 minutes on a core, not 20
 TITLES = dict(shapes='shapes', fashion_mnist='Fashion-MNIST', cifar10='CIFAR-10')
 RECORDED = dict(                                     # uncompressed, before `search`
     moco=('', 'batch64', 'jitter2'),
     simclr=('',),
     dino=('', 'center0.9-local4', 'center0.9-local4-temperature0.1'),
 )
+LONGEST = dict(moco=0.32, simclr=0.16)               # judged runs of a strategy, M
 # of p8 for a unit, relative to an uncompressed one, at width 64 with full views (one thread)
 UNIT_SECONDS = dict(shapes=1.28, fashion_mnist=1.13, cifar10=1.21)
 COMPARED = (
@@ -76,7 +76,7 @@ COMPARED = (
 Run = namedtuple('Run', 'dataset method schedule variant budget seed views')
 
 # A row is all combinations of what its columns list, which are the fields of Run. '-' is the
-# default recipe, * the chosen one; others are parts joined by '-'. Views are small by default.
+# default recipe, * the chosen one; others are parts joined by '-'. Views are full by default.
 STUDIES = {
     'search': """
 shapes fashion_mnist cifar10 | moco | none p8 p8-drop0.50 | - batch64 jitter2       | 0.08 | 10 11
@@ -149,11 +149,10 @@ def runs_of(study, records=()):
         columns = [cell.split() for cell in row.split('|')]
         for dataset, method, schedule, variant, budget, seed, *views in product(*columns):
             if '*' in variant:
-                recipe = chosen(records, dataset, schedule, method)
-                variant = variant.replace('*', recipe)
+                variant = variant.replace('*', chosen(records, dataset, schedule, method))
             views = '' if schedule == 'none' else (views or ['full'])[0]
-            run = dataset, method, schedule, variant.strip('-'), float(budget), int(seed), views
-            runs.append(Run(*run))
+            runs.append(Run(dataset, method, schedule, variant.strip('-'), float(budget),
+                            int(seed), views))
     return sorted(runs, key=lambda run: (run.budget, run.seed))
 
 
@@ -163,11 +162,11 @@ def chosen(records, dataset, schedule, method='moco'):
     found = {record['name']: record['knn'] for record in records}
     scores = defaultdict(list)
     for run in runs_of('search') + runs_of('simclr-search'):
+        name = name_of(run)
         if run[:3] == kind:
-            if name_of(run) not in found:
-                raise ValueError(f'{name_of(run)} is not in the results; run its search, then '
-                                 f'collect')
-            scores[run.variant].append(found[name_of(run)])
+            if name not in found:
+                raise ValueError(f'{name} is not in the results; run its search, then collect')
+            scores[run.variant].append(found[name])
     return max(scores, key=lambda variant: mean(scores[variant]))
 
 
@@ -178,17 +177,17 @@ def name_of(run):
     return '-'.join(filter(None, words))
 
 
-def files_of(run, root):
-    return [word.format(root) for word in FILES[run.dataset].split()]
+def words_of(command, root):
+    """A command line as a list; root, the folder of the data sets, may have spaces."""
+    return [word.format(root) for word in command.split()]
 
 
 def flags_of(run, root='data'):
-    """The flags of train.py, with the data sets below `root`."""
+    """The flags of train.py."""
     views = f'--views {run.views}' if run.views else ''
     recipe = ' '.join(PARTS[part] for part in run.variant.split('-'))
-    flags = (f'--method {run.method} --schedule {run.schedule} {views} {recipe} '
-             f'--budget {run.budget:g} --seed {run.seed} --eval-every 1')
-    return files_of(run, root) + flags.split()
+    return words_of(f'{FILES[run.dataset]} --method {run.method} --schedule {run.schedule} {views} '
+                    f'{recipe} --budget {run.budget:g} --seed {run.seed} --eval-every 1', root)
 
 
 # ---------------------------------------------------------------- run
@@ -200,43 +199,39 @@ def commands_of(run, args, recorded):
     if not finished(folder):
         if folder.name in recorded:
             return []
-        rest = f'--name {folder.name} --resume auto'.split()
-        commands.append(['train.py', *flags_of(run, args.data_root), *rest])
-    for protocol, limit in PROTOCOLS.items():
+        flags = flags_of(run, args.data_root)
+        commands.append(['train.py', *flags, '--name', folder.name, '--resume', 'auto'])
+    # fine-tuning on 10,000 images takes 4 minutes on a core, on all of them 20
+    for protocol, limit in (('linear', ''), ('finetune', '--limit 10000')):
         if args.eval and protocol not in evaluated(folder):
-            words = f'eval.py --protocol {protocol} {limit} --weights {folder}'.split()
-            commands.append(words + files_of(run, args.data_root))
+            command = (f'eval.py --protocol {protocol} {limit} --weights {folder} '
+                       f'{FILES[run.dataset]}')
+            commands.append(words_of(command, args.data_root))
     return commands
 
 
 def describe(run, args):
     """What a reader needs to judge a result, in run.json: the command, versions, the machine."""
     folder = RUNS / name_of(run)
-    cpu = platform.machine()
-    if Path('/proc/cpuinfo').exists():
-        cpu = re.search('model name.*: (.*)', Path('/proc/cpuinfo').read_text())[1]
     note = dict(
-        name=folder.name,
-        study=args.study,
-        **run._asdict(),
+        name=folder.name, study=args.study, **run._asdict(),
         command=shlex.join(['python', 'train.py', *flags_of(run)]),
         versions=dict(python=platform.python_version(), torch=version('torch')),
-        machine=dict(device=cpu, cores=os.cpu_count(), runs_at_once=args.jobs),
-    )
+        machine=dict(device=platform.machine(), cores=os.cpu_count(), runs_at_once=args.jobs))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'run.json').write_text(json.dumps(note, indent=1))
+    (folder / 'run.json').write_text(json.dumps(note))
 
 
-def call(run, commands, args):
+def call(run, args, recorded):
     """Run the commands of a run one after another. True if one fails; what follows it is left."""
-    for script, *flags in commands:
+    for script, *flags in commands_of(run, args, recorded):
         if script == 'train.py':
             describe(run, args)
-        result = subprocess.run([sys.executable, str(ROOT / script), *flags], text=True,
+        result = subprocess.run([sys.executable, ROOT / script, *flags], text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        failed = 'failed: ' if result.returncode else ''
-        last = (result.stdout.strip() or 'it printed nothing').splitlines()[-1]
-        print(f'{name_of(run)}: {failed}{last}', flush=True)
+        failed = result.returncode != 0
+        last = result.stdout.strip().split('\n')[-1]
+        print(f'{name_of(run)}: {"failed: " * failed}{last}', flush=True)
         if failed:
             return True
     return False
@@ -247,33 +242,31 @@ def run_study(args):
     records = load_results()
     recorded = {record['name'] for record in records}
     runs = [run for run in runs_of(args.study, records) if re.search(args.only, name_of(run))]
-    commands = {run: commands_of(run, args, recorded) for run in runs}
-    todo = [run for run in runs if commands[run]]
     if args.dry_run:
-        for command in sum(commands.values(), []):
-            print(shlex.join(['python', *command]))
+        for run in runs:
+            for command in commands_of(run, args, recorded):
+                print(shlex.join(['python', *command]))
         return
-    print(f'{len(runs) - len(todo)} runs are finished, {len(todo)} to do', flush=True)
     if args.jobs > 1:
         os.environ['OMP_NUM_THREADS'] = '1'
     with ThreadPoolExecutor(args.jobs) as pool:      # Ctrl-C: what runs saves, nothing is begun
-        failed = sum(pool.map(lambda run: call(run, commands[run], args), todo))
+        failed = sum(pool.map(lambda run: call(run, args, recorded), runs))
     if failed:
-        raise ValueError(f'{failed} of {len(todo)} failed')
+        sys.exit(f'{failed} of {len(runs)} runs failed')
 
 
 # ---------------------------------------------------------------- collect
 
-def lines_of(path):
-    return path.read_text().splitlines() if path.exists() else []
+def read(path):
+    """The lines of a file of JSON, if it is there; half a line at its end is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith('}')]
 
 
 def read_log(folder):
-    """(lines of steps, lines of scores) of a run; half a line at the end is left out."""
-    lines = [json.loads(text) for text in lines_of(folder / 'log.jsonl') if text.endswith('}')]
-    steps = [dict(line, strategy=line.get('strategy') or line['query'])      # of earlier runs
-             for line in lines if 'loss' in line]
-    return steps, [line for line in lines if 'knn' in line]
+    """(lines of steps, lines of scores) of a run."""
+    lines = read(folder / 'log.jsonl')
+    return [line for line in lines if 'loss' in line], [line for line in lines if 'knn' in line]
 
 
 def finished(folder):
@@ -283,39 +276,27 @@ def finished(folder):
 
 def evaluated(folder):
     """{protocol: score} of eval.py, in percent."""
-    lines = map(json.loads, lines_of(folder / 'eval.jsonl'))
-    return {line['name']: round(line['score'], 2) for line in lines}
-
-
-def record_of(folder):
-    """A line of runs.jsonl: what run.json says of the run, and its scores."""
-    record = json.loads((folder / 'run.json').read_text())
-    steps, scores = read_log(folder)
-    # over the budget, from the random network on
-    record['curve'] = [{key: round(score[key], 2) for key in ('units', 'seconds', 'nn', 'knn')}
-                       for score in scores]
-    record.update(record['curve'][-1])
-    record['strategies'] = {}                        # and the progress at which each is first seen
-    for line in steps:
-        record['strategies'].setdefault(line['strategy'], round(line['progress'], 3))
-    if evaluated(folder):
-        record['eval'] = evaluated(folder)
-    return record
+    return {line['name']: round(line['score'], 2) for line in read(folder / 'eval.jsonl')}
 
 
 def collect(args):
     """Add the finished runs below runs/ to the results; a run is known by its name."""
-    lines = {json.loads(line)['name']: line for line in lines_of(RESULTS)}
-    for note in RUNS.glob('*/run.json'):
-        if finished(note.parent):
-            lines[note.parent.name] = json.dumps(record_of(note.parent))
-    RESULTS.write_text(''.join(lines[name] + '\n' for name in sorted(lines)))
-    print(f'{RESULTS.name} has {len(lines)} runs')
+    records = {record['name']: record for record in read(RESULTS)}
+    for path in RUNS.glob('*/run.json'):
+        if finished(path.parent):
+            _, scores = read_log(path.parent)
+            curve = [{key: round(score[key], 2) for key in ('units', 'seconds', 'nn', 'knn')}
+                     for score in scores]            # from the random network on
+            record = json.loads(path.read_text())
+            record.update(curve[-1], curve=curve, eval=evaluated(path.parent))
+            records[record['name']] = record
+    RESULTS.write_text(''.join(json.dumps(records[name]) + '\n' for name in sorted(records)))
+    print(f'{RESULTS.name} has {len(records)} runs')
 
 
 def load_results():
     """The records of runs.jsonl. views: '' of an uncompressed run, else 'small' or 'full'."""
-    records = [json.loads(line) for line in lines_of(RESULTS)]
+    records = read(RESULTS)
     for record in records:
         record.update(record.get('eval', {}))
         record['views'] = record.get('views', 'full') * (record['schedule'] != 'none')
@@ -357,9 +338,9 @@ def sides(records, dataset, schedule='p8', method='moco'):
     """
     try:
         base, fast = [
-            select(records, dataset, method, one, chosen(records, dataset, one, method), 'full')
+            select(records, dataset, method, one, chosen(records, dataset, one, method))
             for one in ('none', schedule)]
-        if base[0.32] and fast[0.32]:
+        if base[0.32] and fast[LONGEST[method]]:
             return base, fast
     except (KeyError, ValueError):
         pass
@@ -371,88 +352,84 @@ def sides(records, dataset, schedule='p8', method='moco'):
 def crossing(points, target):
     """The x at which a curve through points (x, y), by rising x, first reaches y = target.
 
-    Linear in log x between the points. -inf if the curve starts at or above the target, inf if it
-    never gets there.
+    Linear in log x between the points. The first x if the curve starts at or above the target, inf
+    if it never gets there.
     """
     if points[0][1] >= target:
-        return -inf
+        return points[0][0]
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
         if y1 >= target:
             return x0 * (x1 / x0) ** ((target - y0) / (y1 - y0))
     return inf
 
 
-def speed_ups(base, fast, budget):
-    """{seed: (ratio, whether it is a lower bound)}; a ratio of 0: no run is as good.
+def speed_up(base, fast, budget, factor=1.0):
+    """'6.1 +- 0.4' if every seed has a number, else what each says: '> 4.0, 6.1, not reached'.
 
-    base, fast: {budget: {seed: record}} of uncompressed and compressed runs.
+    base, fast: {budget: {seed: record}} of uncompressed and compressed runs. The numbers are
+    divided by factor. '' if nothing shorter than the uncompressed runs was run.
     """
-    outcomes = {}
+    exact, texts = [], []
     for seed, reference in base.get(budget, {}).items():
         runs = [by_seed[seed] for by_seed in fast.values() if seed in by_seed]
-        if runs and runs[0]['budget'] < budget:      # else nothing shorter was run
+        if runs and runs[0]['budget'] < budget:
             points = [(run['units'], run['knn']) for run in runs]
-            x = crossing(points, reference['knn'])
-            bound = x == -inf
-            outcomes[seed] = reference['units'] / (points[0][0] if bound else x), bound
-    return outcomes
-
-
-def speed_up_text(outcomes, factor=1.0):
-    """'6.1 +- 0.4' if every seed has a number, else what each says."""
-    ratios = [ratio / factor for ratio, bound in outcomes.values() if ratio and not bound]
-    if ratios and len(ratios) == len(outcomes):
-        deviation = f' +- {stdev(ratios):.1f}' if len(ratios) > 1 else ''
-        return f'{mean(ratios):.1f}{deviation}'
-    texts = [f'{"> " * bound}{ratio / factor:.1f}' if ratio else 'not reached'
-             for ratio, bound in outcomes.values()]
+            ratio = reference['units'] / crossing(points, reference['knn']) / factor
+            bound = runs[0]['knn'] >= reference['knn']
+            if ratio and not bound:
+                exact.append(ratio)
+            texts.append(f'{"> " * bound}{ratio:.1f}' if ratio else 'not reached')
+    if len(exact) == len(texts) > 1:
+        return f'{mean(exact):.1f} +- {stdev(exact):.1f}'
     return ', '.join(texts)
 
 
 # ---------------------------------------------------------------- tables
 
-def table(head, rows):
-    """rows: {first columns: {data set: text}}"""
-    lines = [[*head, *TITLES.values()], ['---'] * (len(head) + len(TITLES))]
-    lines += [[*row, *(texts.get(dataset, '') for dataset in TITLES)]
-              for row, texts in rows.items()]
-    return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
+def table(head, cells):
+    """The data sets as columns. cells: {(first columns, data set): text}"""
+    head = [*head, *TITLES.values()]
+    lines = [head, ['---'] * len(head)]
+    for row in dict.fromkeys(key[:-1] for key in cells):
+        lines.append([*map(str, row), *(cells.get((*row, dataset), '') for dataset in TITLES)])
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def first_table(records):
     """Both sides at 0.32 M, and how many times fewer units and seconds p8 takes."""
-    rows = defaultdict(dict)
+    cells = {}
     for dataset in TITLES:
         base, fast = sides(records, dataset)
         default = select(records, dataset, 'moco', 'none')
-        for side, title in ((base, 'uncompressed, tuned'), (fast, '`p8`, the same budget')):
-            score = mean(run['knn'] for run in side[0.32].values())
-            rows[f'{title}, %',][dataset] = f'{score:.1f}'
-        for title, slow, factor in (
-            ('`p8` is as good with so many times fewer units', base, 1),
-            ('and so many times fewer seconds (estimate)', base, UNIT_SECONDS[dataset]),
-            ('fewer units against the default alone', default, 1),
+        tuned, p8 = [mean(run['knn'] for run in side[0.32].values()) for side in (base, fast)]
+        for title, text in (
+            ('uncompressed, tuned, %', f'{tuned:.1f}'),
+            ('`p8`, the same budget, %', f'{p8:.1f}'),
+            ('`p8` is as good with so many times fewer units', speed_up(base, fast, 0.32)),
+            ('and so many times fewer seconds (estimate)',
+             speed_up(base, fast, 0.32, UNIT_SECONDS[dataset])),
+            ('fewer units against the default alone', speed_up(default, fast, 0.32)),
         ):
-            rows[title,][dataset] = speed_up_text(speed_ups(slow, fast, 0.32), factor)
-    return table(['20-NN, ViT of width 64, 0.32 million units, 3 seeds'], rows)
+            cells[title, dataset] = text
+    return table(['20-NN, ViT of width 64, 0.32 million units, 3 seeds'], cells)
 
 
 def speed_up_table(records):
     """Compressed runs of the default recipe against uncompressed ones: the default's / the best."""
-    rows = defaultdict(dict)
+    cells = {}
     for pair, budget, dataset in product(COMPARED, (0.08, 0.32, 1.28, 4.0), TITLES):
         method, schedule = pair.split()
         default = [select(records, dataset, method, one) for one in ('none', schedule)]
         tuned = sides(records, dataset, schedule, method)
-        texts = [speed_up_text(speed_ups(*runs, budget)) or '-' for runs in (default, tuned)]
+        texts = [speed_up(*runs, budget) or '-' for runs in (default, tuned)]
         if texts != ['-', '-']:
-            rows[method, schedule, budget][dataset] = ' / '.join(texts)
-    return table(['method', 'strategy', 'M units'], rows)
+            cells[method, schedule, budget, dataset] = ' / '.join(texts)
+    return table(['method', 'strategy', 'M units'], cells)
 
 
 def verdict_table(records):
     """Small views minus full ones, paired by seed: mean +- standard error (number of pairs)."""
-    rows = defaultdict(dict)
+    cells = {}
     for schedule, budget, dataset in product(('p8', 'p8-drop0.50'), (0.08, 0.32), TITLES):
         small, full = [
             select(records, dataset, 'moco', schedule, '', views).get(budget, {})
@@ -460,35 +437,29 @@ def verdict_table(records):
         gains = [small[seed]['knn'] - full[seed]['knn'] for seed in small if seed in full]
         if len(gains) > 1:
             error = stdev(gains) / len(gains) ** 0.5
-            rows[schedule, budget][dataset] = f'{mean(gains):+.1f} +- {error:.1f} ({len(gains)})'
-    return table(['strategy', 'M units'], rows)
+            text = f'{mean(gains):+.1f} +- {error:.1f} ({len(gains)})'
+            cells[schedule, budget, dataset] = text
+    return table(['strategy', 'M units'], cells)
 
 
 def score_table(records):
-    """Means over seeds; without what has one seed on every data set, unless it is long."""
-    groups = defaultdict(lambda: defaultdict(list))
-    kind = itemgetter('method', 'schedule', 'variant', 'views', 'budget')
+    """Means over seeds: '50.2 (3), LP 60.0 (1)'. Short runs and single seeds are left out."""
+    kind = itemgetter('method', 'schedule', 'variant', 'views', 'budget', 'dataset')
+    groups = defaultdict(list)
     for record in records:
-        groups[kind(record)][record['dataset']].append(record)
-    rows = {}
+        groups[kind(record)].append(record)
+    cells = {}
     for key in sorted(groups):
-        method, schedule, variant, views, budget = key
-        if budget > 1 or max(map(len, groups[key].values())) > 1:
-            words = schedule, variant, views.replace('full', '')
-            strategy = ' '.join(filter(None, words))
-            rows[method, strategy, budget] = {
-                dataset: scores_text(runs) for dataset, runs in groups[key].items()}
-    return table(['method', 'strategy, recipe', 'M units'], rows)
-
-
-def scores_text(runs):
-    """'50.2 (3), LP 60.0 (1)'"""
-    texts = []
-    for key, title in (('knn', ''), ('linear', 'LP '), ('finetune', 'FT ')):
-        values = [run[key] for run in runs if key in run]
-        if values:
-            texts.append(f'{title}{mean(values):.1f} ({len(values)})')
-    return ', '.join(texts)
+        runs = groups[key]
+        budget = key[4]
+        if budget >= 0.32 and (budget > 1 or len(runs) > 1):
+            texts = []
+            for score, title in (('knn', ''), ('linear', 'LP '), ('finetune', 'FT ')):
+                values = [run[score] for run in runs if score in run]
+                if values:
+                    texts.append(f'{title}{mean(values):.1f} ({len(values)})')
+            cells[key] = ', '.join(texts)
+    return table(['method', 'strategy', 'recipe', 'views', 'M units'], cells)
 
 
 def tables(args):
@@ -504,58 +475,62 @@ def tables(args):
 
 PAGE = """# Results
 
-`python experiments/reproduce.py tables` writes this page from runs.jsonl, {runs} runs; edits are
-lost. A unit is one forward pass of the uncompressed encoder on one image, M a million. ViT of width
-64 and depth 4, 32 px, patch 4 unless a recipe says otherwise; CIFAR-10 is a JPEG copy. 20-NN:
-percent of test images whose class the 20 nearest training images name, with uncompressed features.
-The network before training: shapes 34.1, Fashion-MNIST 67.9, CIFAR-10 30.0. A score has a sampling
-error of 0.6 to 1.0 points; with 3 seeds a 95 % interval reaches 2.5 standard deviations to each
-side. Runs up to commit 8693537 rendered all pixels (views full); `python experiments/reproduce.py
-run STUDY` makes the later ones.
+`python experiments/reproduce.py tables` writes this page from {runs} runs; edits are lost.
 
-- [runs.jsonl](runs.jsonl): every run, a line each: command, versions, machine, scores
+A unit is one forward pass of the uncompressed encoder on one image; M is a million units. The
+network is a ViT of width 64 and depth 4 at 32 px with patches of 4 px, unless a recipe says
+otherwise. 20-NN is the percentage of test images whose class their 20 nearest training images name,
+with uncompressed features. Before training it is 34.1 on shapes, 67.9 on Fashion-MNIST and 30.0 on
+CIFAR-10, here a JPEG copy. A score has a sampling error of 0.6 to 1.0 points. +- is the standard
+deviation over seeds; with 3 seeds a 95 % interval reaches 2.5 of them to each side. Runs up to
+commit 8693537 rendered all pixels (views full); `python experiments/reproduce.py run STUDY` makes
+the later ones.
+
+- [runs.jsonl](runs.jsonl): a line for each run: command, versions, machine, scores
 - [first-commands.log](first-commands.log): what the two commands at the top of the README print
 - [headline.png](headline.png), [compression.png](compression.png), [gradstats.png](gradstats.png),
-  [curves.png](curves.png), [neighbours.png](neighbours.png): `python experiments/pictures.py NAME`,
-  the last two of the first commands; stars are single recipes and not joined
+  [curves.png](curves.png), [neighbours.png](neighbours.png): `python experiments/pictures.py NAME`;
+  the last two show the first commands; a star is one recipe, so stars are not joined
+- [gradstats.jsonl](gradstats.jsonl): gradient errors of an uncompressed run of 0.3 M on CIFAR-10
+- [bench.md](bench.md): speed. [tuning.md](tuning.md): which settings were tried, DINO's among them
 - [cat.jpg](cat.jpg): "Chelsea", CC0 by Stefan van der Walt, from scikit-image, at 224 px
-- [gradstats.jsonl](gradstats.jsonl): gradient errors on CIFAR-10, uncompressed run of 0.3 M
-- [bench.md](bench.md): speed; [tuning.md](tuning.md): which settings were tried, DINO's among them
 
 {first}
 
-Tuned: until `judge` is collected, the best recipe of each seed among the default, batches of 64 and
-twice the color jitter, while p8 keeps the default; then one recipe for each side, chosen by other
-seeds. Means, +- the standard deviation over seeds; several values are those of the seeds, `>`: the
-shortest compressed run is better already. Seconds are units divided by what a unit of p8 takes,
-1.28, 1.13, 1.21 times an uncompressed one. "> 16" is one seed, whose uncompressed run has 60.2 at
-0.16 M and 52.4 at 0.32 M; the same command on another day gave 56.2, and a factor of 7.6. Six
-commands that stand twice differ by up to 3.9 points on shapes: as much as a seed.
+The uncompressed run is the best of three recipes for each seed: the default, batches of 64, twice
+the color jitter. `p8` keeps the default. Once the study `judge` is collected, both sides have one
+recipe each, chosen on other seeds. Where the table lists several values, each is of one seed; `>`
+means that even the shortest compressed run is better. Seconds are units divided by the time of a
+unit of p8: 1.28, 1.13 and 1.21 times that of an uncompressed one. "> 16" is fragile: that
+uncompressed run has 60.2 at 0.16 M and 52.4 at 0.32 M. The same command on another day gave 56.2,
+and a factor of 7.6. Six commands were run twice: they differ by up to 3.9 points on shapes, as much
+as seeds do.
 
 ## Speed-up at equal accuracy: against the default recipe / the best one
 
-Budget of an uncompressed run over that at which the compressed runs of the same seed reach its
-20-NN, on a line in the logarithm of the budget. Best: tuned as above, or the best recipe that all
-compared seeds have (at 1.28 M of two; DINO: ours and two with its own center and local crops). `not
-reached`: no compressed run, which may be shorter, is as good; `-`: not run.
+The budget of an uncompressed run, divided by the budget at which compressed runs of the same seed
+reach its 20-NN, interpolated in the logarithm of the budget. The best recipe is that of the first
+table, or the best that all compared seeds have: of two at 1.28 M; with DINO of ours and two with
+its own center and local crops. `not reached`: no compressed run is as good, though it may be
+shorter. `-`: not run.
 
 {speed_ups}
 
 ## Small views: a large patch as the p x p pixels that the encoder reads
 
-20-NN with small views minus that with full ones, seeds paired, +- standard error (pairs).
+20-NN with small views minus 20-NN with full ones, seeds paired, +- standard error (pairs).
 
 {verdict}
 
-Colors are not linear, so that small views are not quite the least-squares pictures of the full
-ones: they differ by 10 to 16 % of the contrast on shapes, 5 to 9 % on CIFAR-10. Least squares
-overshoots at edges; colored with what lies outside of [0, 1] cut off, they differ by 13 to 18 and 6
-to 10 %, and with clamps at -0.6 and 1.6, as in the runs called wide-clamp (commit 4d06123), by 23
-to 29 and 19 to 22 %. Those runs, paired likewise: shapes -1.1 +- 0.6 (p8) and +0.5 +- 0.7
-(p8-drop0.50) at 0.08 M with 8 seeds, -5.2 and -5.7 at 0.32 M with one; Fashion-MNIST -0.3 +- 0.1
-and -0.2 +- 0.5, +0.6 and -0.1; CIFAR-10 +0.3 +- 0.1 and +0.3 +- 0.7, +0.2 and +0.1 (2 seeds). So
-the more is learned of shapes, the more edges count, and `--views full` is the default; on real
-images nothing was lost.
+Small views lose on shapes, so `--views full` is the default. Colors are not linear: small views
+differ from the least-squares pictures of full ones by 10 to 16 % of the contrast on shapes, 5 to
+9 % on CIFAR-10. Least squares overshoots at edges. If values outside of [0, 1] are cut off before
+coloring, small views differ by 13 to 18 and 6 to 10 %. With clamps at -0.6 and 1.6 they differ by
+23 to 29 and 19 to 22 %. Runs with these clamps (wide-clamp, commit 4d06123), paired likewise:
+shapes -1.1 +- 0.6 (p8) and +0.5 +- 0.7 (p8-drop0.50) at 0.08 M with 8 seeds, -5.2 and -5.7 at
+0.32 M with one; Fashion-MNIST -0.3 +- 0.1 and -0.2 +- 0.5, +0.6 and -0.1; CIFAR-10 +0.3 +- 0.1 and
++0.3 +- 0.7, +0.2 and +0.1 (2 seeds). So the more is learned of shapes, the more edges count. On
+real images this first variant lost nothing.
 
 ## The paper's findings
 
@@ -563,9 +538,11 @@ images nothing was lost.
 | --- | --- | --- |
 | 4 times fewer units at equal accuracy | in part | the first table (theirs, read off their \
 figure, by NN: 4.5, 4.4, 3.8, 3.0 for 309 to 1537 M) |
-| the factor falls as the budget grows | no, on two of three sets | default and batches of 64, \
-seed 0 (elsewhere the recipes differ by budget), p8 at 0.08, 0.32, 1.28 M: shapes > 4.0, 6.4, 4.8 \
-(1.8 at 0.08 M against momentum 0.95), Fashion-MNIST 2.2, 4.7, 4.9, CIFAR-10 1.0, 1.8, 3.3 |
+| the factor falls as the budget grows | no, on two of three sets | p8 at 0.08, 0.32, 1.28 M \
+against the best of default and batches of 64, seed 0 (elsewhere the recipes differ by budget): \
+shapes > 4.0, \
+6.4, 4.8 (1.8 at 0.08 M against momentum 0.95), Fashion-MNIST 2.2, 4.7, 4.9, CIFAR-10 1.0, 1.8, \
+3.3 |
 | +9.8 points NN, +5.1 LP at equal budget | yes, less | p8 minus the default, NN at 0.32, 1.28 M: \
 CIFAR-10 +4.0, +6.4, Fashion-MNIST +4.1, +4.4, shapes +33.5; minus the best recipe at 0.32 M \
 +3.4, +3.3, +19.1; LP on CIFAR-10 +3.6, +6.8 (2 seeds) |
@@ -581,32 +558,31 @@ uncompressed recipe |
 FT +3.4, SimCLR +6.0, +5.9, DINO +2.6, +1.8 or +0.2, -0.2 by recipe (1 seed) |
 | decay 1 - progress^2, not cosine | no difference | Fashion-MNIST: +0.4, +0.2 at 0.08 M, +0.8, \
 -0.5 at 0.32 M (1 seed) |
-| short trials choose a strategy (ours) | little gained | choosing among none, p8 and p8-drop0.50 \
-by runs of a quarter of the budget loses 0.15 points on average at 0.32 M (0.22 without shapes), \
-always p8-drop0.50 0.3, always p8 0.02 on the two real sets; at 1.28 M, without shapes, the \
-trials lose 0.4 and always p8-drop0.50 0.1 |
+| short trials choose a strategy (ours) | little gained | of none, p8 and p8-drop0.50 at 0.32 M, \
+runs of a quarter of the budget choose one that is worse than the best by 0.15 points on average \
+(0.22 without shapes), always p8-drop0.50 by 0.3, always p8 by 0.02 on the two real sets; at \
+1.28 M, without shapes, the trials lose 0.4, always p8-drop0.50 0.1 |
 
 Seconds are behind units at width 64: by 11 to 19 % with p8 and MoCo-v3, 15 to 25 % with
-p8-drop0.50, 19 % with SimCLR, 29 % with DINO; at width 192 a unit costs the same. The second \
-command
-of the README ends at 50.2 to 61.4 %, the first at 80 to 86.
+p8-drop0.50, 19 % with SimCLR, 29 % with DINO. At width 192 a unit costs the same. The second
+command of the README ends at 50.2 to 61.4 %, the first at 80 to 86.
 
-**Rules that left the project** (8693537 has them, with `experiments/predict.py`; 378dcb8 `auto`).
+**Rules that left the project** are in commit 8693537 (`experiments/predict.py`; `auto` in 378dcb8).
 From 72 checkpoints (shapes, Fashion-MNIST, 3 seeds, four variants) training went on under six
-strategies for 10 % of 0.06 M units, 11 uncompressed steps. Rank correlation of a rule's order with
-the mean outcome of the other seeds of the same data set, source, progress and variant, by 20-NN and
-by uncompressed loss: CA-MSE in Adam's metric 0.36, 0.26; best length (CA-MSE after the gradient is
-scaled to its best length) 0.25, 0.80; a fixed order for each data set 0.49, 0.88; the outcome of \
-one
-other seed 0.39, 0.87. No rule beat the fixed order. The loss misleads: on shapes it ranks
-uncompressed above p8-drop0.50 in 12 of 12 comparisons, 20-NN in 3. `--schedule auto` went on half
-way with the best by best length: of 18 runs it could measure in 12, left p8-drop0.50 in 2, both for
-the worse, and came within one standard error of the best constant in 3 of 6 cells; 5 were the aim.
+strategies for 10 % of 0.06 M units, 11 uncompressed steps. A rule orders the strategies; its order
+is compared with the mean outcome of the other seeds of the same data set, source, progress and
+variant. The rank correlations by 20-NN and by uncompressed loss are 0.36, 0.26 for CA-MSE in Adam's
+metric; 0.25, 0.80 for best length (CA-MSE after the gradient is scaled to its best length); 0.49,
+0.88 for a fixed order for each data set; 0.39, 0.87 for the outcome of one other seed. No rule beat
+the fixed order. The loss misleads: on shapes it ranks uncompressed above p8-drop0.50 in 12 of 12
+comparisons, 20-NN in 3. `--schedule auto` went on half way with the best by best length. It could
+measure in 12 of 18 runs and left p8-drop0.50 in 2, both for the worse. In 3 of 6 cells it came
+within one standard error of the best constant; 5 were the aim.
 
 ## Runs: mean 20-NN (seeds), linear probe (LP) and fine-tuning on 10,000 images (FT)
 
-Views are full unless it says small. Rows up to 1 M with one seed on every data set are not listed:
-[tuning.md](tuning.md) tells of most of these settings, runs.jsonl has all.
+Listed are runs from 0.32 M on, and below 1 M what has two seeds or more. An empty recipe is the
+default. [runs.jsonl](runs.jsonl) has all runs; [tuning.md](tuning.md) tells of most settings.
 
 {scores}
 """
@@ -620,17 +596,17 @@ def main(argv=None):
     command.set_defaults(action=run_study)
     add = command.add_argument
     add('study', choices=STUDIES)
-    add('--only', default='', metavar='REGEX', help='only runs whose names have a match')
+    add('--only', default='', help='only runs whose names match this regular expression')
     add('--jobs', type=int, default=1, help='runs at a time; of several, each has one thread')
     add('--data-root', default='data', help='folder of the data sets')
     add('--eval', action='store_true', help='also score by linear probe and fine-tuning')
     add('--dry-run', action='store_true', help='print the commands')
-    commands.add_parser('collect', help='finished runs -> results').set_defaults(action=collect)
-    commands.add_parser('tables', help='results -> README.md').set_defaults(action=tables)
+    for action in (collect, tables):
+        commands.add_parser(action.__name__, help=action.__doc__).set_defaults(action=action)
     args = parser.parse_args(argv)
     try:
         args.action(args)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f'reproduce.py: error: {error}')
 
 

@@ -50,19 +50,19 @@ class MoCo(torch.nn.Module):
 def main(plain):
     torch.manual_seed(0)
     images, labels = render_shapes(2_400, seed=0, side=64)
-    photos = list(map(to_pil_image, images))
     transform, model = MoCoV2Transform(64, gaussian_blur=0.0), MoCo(plain)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)             # at 1e-3 it collapses
     end = time.time() + 60
     while time.time() < end:
-        views = zip(*(transform(photos[i]) for i in torch.randint(2_000, (128,))))
+        photos = map(to_pil_image, images[torch.randint(2_000, (128,))])
+        views = zip(*map(transform, photos))
         loss = model(*map(torch.stack, views))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():                            # the last 400 images are held out
-        parts = (images / 57 - 2).split(100)         # about what the transform normalizes to
-        features = normalize(torch.cat(list(map(model.vit.eval(), parts))))
+        # about what the transform normalizes to
+        features = normalize(model.vit.eval()(images / 57 - 2))
     bank, queries = features.split(2_000)
     known, asked = labels.split(2_000)
     nearest = knn_predict(queries, bank.T, known, len(SHAPES), 20, 0.07)[:, 0]
