@@ -1,7 +1,7 @@
 """Speed tables: CPU time, one thread, what is compared in turns in one process, medians.
 
     python experiments/bench.py step                      # a training step, beside lightly's
-    python experiments/bench.py loader --image photo.jpg  # views of photos
+    python experiments/bench.py loader --image photo.jpg  # views of photos; cores for one GPU
     python experiments/bench.py lightly                   # with_lightly.py with and without
 
 --rounds 1 --batch-size 8 is a quick look.
@@ -19,13 +19,14 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 import with_lightly
-from reproduce import RESULTS
-from compress import Compression, patches_per_side
+from pictures import RESULTS, units
+from compress import Compression, pass_flops, patches_per_side
 from images.data import read_crops
 from images.views import make_view, make_views, recipe
 from losses import MoCo
 from vit import ViT
 
+GPU = 400e12                            # FLOP/s that a large GPU may reach in training: assumed
 SMALL = 'p4 full', 'p8 full', 'p8 small', 'p8-drop0.50 full', 'p8-drop0.50 small'
 LARGE = ('p16 full', 'p24-drop0.50 full', 'p24-drop0.50 small', 'p30-drop0.50 full',
          'p30-drop0.50 small', 'p48-drop0.50 full', 'p48-drop0.50 small')
@@ -70,7 +71,8 @@ def step(args):
     images = torch.randint(0, 256, (args.batch_size, 3, 32, 32), dtype=torch.uint8)
     photos = list(map(to_pil_image, images))
     transform = MoCoV2Transform(32, gaussian_blur=0.0)
-    print('| width | strategy, views | ms | times faster than lightly |\n|---|---|---|---|')
+    print('| width | strategy, views | ms | ms a unit, relative | times faster than lightly |\n'
+          '|---|---|---|---|---|')
     for width, depth in ((64, 4), (192, 6)):
         method = MoCo(ViT(32, 4, 3, width, depth, max(2, width // 64)), hidden=512)
         usual = with_lightly.MoCo(True, 32, 4, width, depth)
@@ -88,8 +90,12 @@ def step(args):
         functions = {case: partial(ours, case) for case in SMALL}
         functions['usual'] = trainer(usual, usual_loss)
         ms = in_turns(functions, args.rounds)
+        heads = [head for *_, head in method.passes()]
+        costs = {case: units(strategy_of(case), 32, 4, width, depth, heads) for case in SMALL}
         for case in SMALL:
-            print(f'| {width} | {case} | {ms[case]:.1f} | {ms["usual"] / ms[case]:.2f} |')
+            unit = ms[case] / ms['p4 full'] * costs['p4 full'] / costs[case]
+            faster = ms['usual'] / ms[case]
+            print(f'| {width} | {case} | {ms[case]:.1f} | {unit:.2f} | {faster:.2f} |')
 
 
 def cut(path, kinds, n):
@@ -104,12 +110,13 @@ def finish(crops, kinds):
 
 
 def loader(args):
-    """Both views of JPEGs at 224 px: in a loader worker and on the device."""
+    """Both views of JPEGs at 224 px: in a worker and on the device, and cores that feed one GPU."""
     n = args.batch_size
     transform = BYOLTransform(BYOLView1Transform(224), BYOLView2Transform(224))
     photo = Image.open(args.image)
     print('| JPEG | strategy, views | worker, ms an image | device, ms | times faster than '
-          "torchvision's transforms |\n|---|---|---|---|---|")
+          "torchvision's transforms | images/s of ViT-B on one GPU (computed) | cores that feed it "
+          '(computed) | of torchvision |\n|---|---|---|---|---|---|---|---|')
     for w, h in ((500, 375), (2000, 1500)):
         file = tempfile.NamedTemporaryFile(suffix='.jpg')
         photo.resize((w, h)).save(file.name, quality=90)
@@ -128,7 +135,11 @@ def loader(args):
         for case in LARGE:
             worker, device = ms[case, 'worker'], ms[case, 'device']
             faster = ms['usual'] / (worker + device)
-            print(f'| {w} x {h} | {case} | {worker:.2f} | {device:.2f} | {faster:.2f} |')
+            rate = GPU / units(strategy_of(case)) / pass_flops(196, 768, 768, 12)
+            cores = rate * worker / 1e3
+            usual_cores = rate * ms['usual'] / 1e3
+            print(f'| {w} x {h} | {case} | {worker:.2f} | {device:.2f} | {faster:.2f} | '
+                  f'{rate:,.0f} | {cores:.1f} | {usual_cores:.1f} |')
 
 
 def lightly(args):

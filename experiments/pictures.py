@@ -38,7 +38,6 @@ COLORS = {
     'p4-drop0.50': '#56B4E9', 'p16': '#E69F00', 'p16-drop0.50': '#000000',
 }
 MARKERS = 'os^Dv*XP'
-VIT_B = 3 * 16 ** 2, 768, 12            # numbers of a patch, width, depth
 matplotlib.style.use(Path(__file__).with_suffix('.mplstyle'))
 
 
@@ -71,11 +70,13 @@ def seen(photo, tau):
     return torch.where(mask > 0, image, 1.0)
 
 
-def units(tau):
-    """Of a sample of MoCo-v3, ViT-B at 224 px without heads: query trained, key passed forward."""
-    n = patches_per_side(224, tau.patch_size) ** 2
-    query = pass_flops(num_keep(n, tau.drop_rate), *VIT_B, trains=True)
-    return (query + pass_flops(n, *VIT_B)) / pass_flops(14 ** 2, *VIT_B)
+def units(tau, side=224, base=16, width=768, depth=12, heads=((), ())):  # noqa: PLR0913
+    """Of a sample of MoCo-v3: query forward and backward, key forward, and their heads."""
+    sizes = 3 * base ** 2, width, depth
+    n = patches_per_side(side, tau.patch_size) ** 2
+    query = pass_flops(num_keep(n, tau.drop_rate), *sizes, head=heads[0], trains=True)
+    key = pass_flops(n, *sizes, head=heads[1])
+    return (query + key) / pass_flops((side // base) ** 2, *sizes)
 
 
 def compression(image=RESULTS.with_name('cat.jpg')):

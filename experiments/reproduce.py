@@ -213,11 +213,14 @@ def commands_of(run, args, recorded):
 def describe(run, args):
     """What a reader needs to judge a result, in run.json: the command, versions, the machine."""
     folder = RUNS / name_of(run)
+    cpu = platform.machine()
+    if Path('/proc/cpuinfo').exists():
+        cpu = re.search('model name.*: (.*)', Path('/proc/cpuinfo').read_text())[1]
     note = dict(
         name=folder.name, study=args.study, **run._asdict(),
         command=shlex.join(['python', 'train.py', *flags_of(run)]),
         versions=dict(python=platform.python_version(), torch=version('torch')),
-        machine=dict(device=platform.machine(), cores=os.cpu_count(), runs_at_once=args.jobs))
+        machine=dict(device=cpu, cores=os.cpu_count(), runs_at_once=args.jobs))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'run.json').write_text(json.dumps(note))
 
