@@ -39,8 +39,7 @@ from images.views import IMAGENET_MEAN, IMAGENET_STD, crop_boxes, keyed_generato
 TORCHVISION = dict(
     fashion_mnist=datasets.FashionMNIST,
     cifar10=datasets.CIFAR10,
-    cifar100=datasets.CIFAR100,
-    stl10=datasets.STL10)
+    cifar100=datasets.CIFAR100)
 DATASETS = ('shapes', *TORCHVISION, 'folder')
 
 # Pillow goes by the content of a file and not by its name. On PostScript it starts Ghostscript.
@@ -493,19 +492,13 @@ def load(name, root='data', say=print):
 def from_torchvision(name, root, train):
     """(images uint8 (n c h w), labels (n), classes)"""
     try:
-        if name == 'stl10':
-            part = datasets.STL10(root, 'train+unlabeled' if train else 'test', download=True)
-        else:
-            part = TORCHVISION[name](root, train, download=True)
+        part = TORCHVISION[name](root, train, download=True)
     except RuntimeError as error:                              # of a download that failed
         raise OSError(f'{name} is not in {str(root)!a} and cannot be fetched: {error}') from None
-    labels = part.labels if name == 'stl10' else part.targets
     images = torch.as_tensor(part.data)
-    if images.ndim == 3:
-        images = rearrange(images, 'n h w -> n 1 h w')
-    elif images.shape[3] == 3:                                 # CIFAR; STL-10 is n c h w
-        images = rearrange(images, 'n h w c -> n c h w')
-    return images.contiguous(), torch.as_tensor(labels).long(), part.classes
+    pattern = 'n h w -> n 1 h w' if images.ndim == 3 else 'n h w c -> n c h w'
+    images = rearrange(images, pattern).contiguous()
+    return images, torch.as_tensor(part.targets).long(), part.classes
 
 
 def self_check():

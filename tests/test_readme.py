@@ -51,4 +51,4 @@ def test_pictures_and_files_are_there():
 
 def test_the_page_is_short():
     """A newcomer reads it in ten minutes."""
-    assert len(README.splitlines()) <= 160 and len(README.split()) <= 1400
+    assert len(README.splitlines()) <= 130 and len(README.split()) <= 1200
