@@ -190,12 +190,12 @@ def pass_flops(tokens, patch_dim, embed_dim, depth, mlp_ratio=4.0,  # noqa: PLR0
 
 def self_check():
     torch.manual_seed(0)
-    kernel = torch.randn(8, 3, 16, 16)
-    patch = torch.randn(32, 3, 48, 48)                     # noise: no enlarged small patch
-    token = torch.einsum('bcyx,dcyx->bd', patch, pi_resize(kernel, 48))
+    kernel = torch.randn(8, 1, 16, 16)
+    patch = torch.randn(32, 48 * 48)                       # noise: no enlarged small patch
+    token = patch @ pi_resize(kernel, 48).flatten(1).T
     shrink = torch.linalg.pinv(resize_matrix(16, 48)).float()
-    picture = patch.flatten(2) @ shrink.T                  # b c 16*16, by least squares
-    wanted = torch.einsum('bci,dci->bd', picture, kernel.flatten(2))
+    picture = patch @ shrink.T                             # b 16*16, by least squares
+    wanted = picture @ kernel.flatten(1).T
     error = (token - wanted).norm() / wanted.norm()
     print(f'patch 48: its token is that of its least-squares picture of 16 x 16, to {error:.1e}')
     assert error < 1e-5

@@ -150,7 +150,7 @@ def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
     center holds it back. That works while (1 - m) (G - 1) < 1 - center_momentum, where m is the
     teacher's momentum. This is our analysis; on shapes both collapses happened.
     """
-    if not teacher_temp > 0 or not student_temp > 0:
+    if not min(teacher_temp, student_temp) > 0:
         raise ValueError(f'temperatures {teacher_temp} and {student_temp} must be above 0')
     with torch.autocast(center.device.type, enabled=False):
         centered = [upcast(t.detach()) - center for t in teacher]
@@ -385,15 +385,12 @@ class DINO(Branches):
 
     def forward(self, views, patch_size=None, drop_rate=0.0, generator=None):
         strategy = (patch_size, drop_rate, generator)
-        both = torch.cat(views[:2])
-        with torch.no_grad():
-            teacher = self.teacher_head(self.encode(self.teacher, both, 'key', *strategy))
-
         # one pass of the encoder for each resolution: no layer mixes samples
-        features = [self.encode(self.student, both, 'query', *strategy)]
-        if views[2:]:
-            local = torch.cat(views[2:])
-            features.append(self.encode(self.student, local, 'query', *strategy))
+        resolutions = [torch.cat(crops) for crops in (views[:2], views[2:]) if crops]
+        with torch.no_grad():
+            features = self.encode(self.teacher, resolutions[0], 'key', *strategy)
+            teacher = self.teacher_head(features)
+        features = [self.encode(self.student, x, 'query', *strategy) for x in resolutions]
         student = self.student_head(torch.cat(features)).chunk(len(views))
         loss = dino_loss(student, teacher.chunk(2), self.center, self.teacher_temp,
                          self.student_temp)
@@ -454,11 +451,9 @@ def monitors(features, a, b):
     (collapse). positive_similarity, negative_similarity: mean cosine of matching rows of a and b
     (b d), and of the others.
     """
-    features = F.normalize(upcast(features))
-    spread = features.std(dim=0).mean() * features.shape[1] ** 0.5
-    a = F.normalize(upcast(a))
-    b = F.normalize(upcast(b))
-    n = len(a)
+    features, a, b = [F.normalize(upcast(x)) for x in (features, a, b)]
+    n, d = features.shape
+    spread = features.std(dim=0).mean() * d ** 0.5
     positive = (a * b).sum(dim=1).mean()
     # the mean cosine over all n^2 pairs is the product of the two mean vectors
     every_pair = (a.mean(dim=0) * b.mean(dim=0)).sum()

@@ -124,7 +124,7 @@ def table_of(rows):
     points = sorted({row['progress'] for row in rows})
     costs = {row['strategy']: row['cost'] for row in rows}
     table = {(row['progress'], row['strategy']): row for row in rows}
-    if len(rows) != len(table) or len(table) != len(points) * len(costs):
+    if not len(rows) == len(table) == len(points) * len(costs):
         raise ValueError(f'the table has {len(rows)} rows; it needs every strategy '
                          f'({", ".join(map(str, costs))}) once at every progress ({points})')
     for row in rows:
@@ -169,12 +169,13 @@ def solve(rows):
 # ---------------------------------------------------------------- command line
 
 def load_table(path, metric=None):
-    """Rows of a gradstats.jsonl, those of one metric if the file has several."""
+    """Rows of a gradstats.jsonl in one metric, by default that of the first row."""
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    metrics = list(dict.fromkeys(row['metric'] for row in rows))
-    if metric and metric not in metrics:
-        raise ValueError(f'{path} has no rows in the {metric} metric, only {", ".join(metrics)}')
-    return [row for row in rows if row['metric'] == (metric or metrics[0])]
+    metric = metric or rows[0]['metric']
+    chosen = [row for row in rows if row['metric'] == metric]
+    if not chosen:
+        raise ValueError(f'no row has the {metric} metric')
+    return chosen
 
 
 def print_table(rows, schedule):
@@ -200,7 +201,7 @@ def main():
     try:
         rows = load_table(args.stats, args.metric)
         schedule = solve(rows)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError) as error:
         sys.exit(f'schedule.py: error: {args.stats}: {error}')
     print_table(rows, schedule)
     costs = {row['strategy']: row['cost'] for row in rows}

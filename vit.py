@@ -80,12 +80,11 @@ def forward_features(vit, images, patch_size=None, drop_rate=0.0, generator=None
 def grid_of(height, width, patch_size):
     """Patches per column and per row, or an error that names the patch sizes that fit."""
     if height % patch_size or width % patch_size:
-        common = math.gcd(height, width)
-        fitting = [p for p in range(1, common + 1) if common % p == 0]
-        near = [p for p in fitting if patch_size / 2 <= p <= patch_size * 2] or fitting
+        near = range(max(1, patch_size // 2), 2 * patch_size + 1)
+        choices = [str(p) for p in near if height % p == width % p == 0]
+        choices.append(f'an image size that is a multiple of {patch_size}')
         raise ValueError(f'patch size {patch_size} does not divide image size {height}x{width}; '
-                         f'use {", ".join(map(str, near))} or an image size that is a multiple of '
-                         f'{patch_size}')
+                         f'use {", ".join(choices)}')
     return height // patch_size, width // patch_size
 
 
@@ -97,7 +96,8 @@ def positions(vit, grid):
     n = math.prod(base_grid)
     prefix_pos = table[:, :-n] if table.shape[1] > n else 0       # timm's no_embed_class has none
     if isinstance(vit, ViT) and vit.config['pos_embed'] == 'sincos' and grid != base_grid:
-        return prefix_pos, table_on(*grid, vit.embed_dim, base_grid, table.device, table.dtype)
+        pos = sincos_table(*grid, vit.embed_dim, base_grid, table.device)
+        return prefix_pos, pos.to(table.dtype)
     return prefix_pos, resize_pos_embed(table[:, -n:], base_grid, grid)
 
 
@@ -131,27 +131,23 @@ def check_supported(vit):
 
 # ---------------------------------------------------------------- ours
 
-def sincos_table(h, w, dim, base_grid=None):
+@cache
+def sincos_table(h, w, dim, base_grid=None, device='cpu'):
     """MoCo-v3's fixed table (1 h*w dim): [sin(i f), cos(i f), sin(j f), cos(j f)], row i, column j.
 
     With base_grid (H, W) the table is evaluated at this grid's patch centres in units of the base
     grid, i = (row + 0.5) H / h - 0.5: a place in the image has the same code at every patch size.
+    A table is made once, and on the CPU, so that a GPU has the same bits.
     """
     base_h, base_w = base_grid or (h, w)
-    frequencies = 1.0 / 10000 ** (torch.arange(dim // 4) / (dim // 4))
-    rows = (torch.arange(h) + 0.5) * (base_h / h) - 0.5
-    cols = (torch.arange(w) + 0.5) * (base_w / w) - 0.5
-    row_angles = repeat(torch.outer(rows, frequencies), 'h f -> (h w) f', w=w)
-    col_angles = repeat(torch.outer(cols, frequencies), 'w f -> (h w) f', h=h)
-    waves = [row_angles.sin(), row_angles.cos(), col_angles.sin(), col_angles.cos()]
-    return torch.cat(waves, dim=1)[None]
-
-
-@cache
-def table_on(h, w, dim, base_grid, device, dtype):
-    """sincos_table on a device: made once, and on the CPU, so that a GPU has the same bits."""
     with torch.inference_mode(False), torch.device('cpu'):
-        return sincos_table(h, w, dim, base_grid).to(device, dtype)
+        frequencies = 1.0 / 10000 ** (torch.arange(dim // 4) / (dim // 4))
+        rows = (torch.arange(h) + 0.5) * (base_h / h) - 0.5
+        cols = (torch.arange(w) + 0.5) * (base_w / w) - 0.5
+        row_angles = repeat(torch.outer(rows, frequencies), 'h f -> (h w) f', w=w)
+        col_angles = repeat(torch.outer(cols, frequencies), 'w f -> (h w) f', h=h)
+        waves = [row_angles.sin(), row_angles.cos(), col_angles.sin(), col_angles.cos()]
+        return torch.cat(waves, dim=1)[None].to(device)
 
 
 class Attention(nn.Module):

@@ -36,39 +36,40 @@ def glyph_distance(kind, x, y):
     right = x.abs()
     up = y.abs()
     square = maximum(right, up)
-    if kind == 'disk':
-        return r - 0.9
-    if kind == 'ring':
-        return (r - 0.75).abs() - 0.22
-    if kind == 'square':
-        return square - 0.8
-    if kind == 'frame':
-        return (square - 0.7).abs() - 0.2
-    if kind == 'triangle':
-        sides = right * 0.866 + y * 0.5
-        return maximum(sides, -y) - 0.5
-    if kind == 'plus':
-        bars = minimum(right, up) - 0.28
-        return maximum(square - 1.0, bars)
-    if kind == 'star':
-        turn = torch.atan2(x, y)
-        spike = remainder(turn, 0.4 * math.pi)
-        spike = (spike - 0.2 * math.pi).abs()
-        edge = (spike * 1.6).cos()
-        edge = edge.clamp(min=0.2)
-        return r * edge - 0.62 + 0.5 * (r - 0.62) * spike
-    if kind == 'crescent':
-        bite = hypot(x - 0.5, y)
-        return maximum(r - 1.0, 0.85 - bite)
-    if kind == 'bar':
-        return maximum(right - 1.0, up - 0.28)
-    if kind == 'half disk':
-        return maximum(r - 1.0, -x)
-    if kind == 'two dots':
-        return hypot(right - 0.62, y) - 0.42
-    assert kind == 'corner'
-    notch = minimum(x, y) + 0.25
-    return maximum(square - 0.85, notch)
+    match kind:
+        case 'disk':
+            return r - 0.9
+        case 'ring':
+            return (r - 0.75).abs() - 0.22
+        case 'square':
+            return square - 0.8
+        case 'frame':
+            return (square - 0.7).abs() - 0.2
+        case 'triangle':
+            sides = right * 0.866 + y * 0.5
+            return maximum(sides, -y) - 0.5
+        case 'plus':
+            bars = minimum(right, up) - 0.28
+            return maximum(square - 1.0, bars)
+        case 'star':
+            turn = torch.atan2(x, y)
+            spike = remainder(turn, 0.4 * math.pi)
+            spike = (spike - 0.2 * math.pi).abs()
+            edge = (spike * 1.6).cos()
+            edge = edge.clamp(min=0.2)
+            return r * edge - 0.62 + 0.5 * (r - 0.62) * spike
+        case 'crescent':
+            bite = hypot(x - 0.5, y)
+            return maximum(r - 1.0, 0.85 - bite)
+        case 'bar':
+            return maximum(right - 1.0, up - 0.28)
+        case 'half disk':
+            return maximum(r - 1.0, -x)
+        case 'two dots':
+            return hypot(right - 0.62, y) - 0.42
+        case 'corner':
+            notch = minimum(x, y) + 0.25
+            return maximum(square - 0.85, notch)
 
 
 def rotate(x, y, angle):

@@ -300,8 +300,7 @@ def turn_hue(images, turns):
     if images.shape[1] == 1:
         return images
     red, green, blue = images.split(1, dim=1)                # b 1 h w each
-    low = images.amin(dim=1, keepdim=True)
-    high = images.amax(dim=1, keepdim=True)
+    low, high = images.aminmax(dim=1, keepdim=True)
     chroma = high - low
     span = chroma.clamp(min=1e-8)                            # grey pixels: do not divide by 0
 
