@@ -73,7 +73,8 @@ class Gather(torch.autograd.Function):
     def backward(ctx, grad):
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
-        return total.chunk(world_size())[rank()]
+        of_ranks = total.chunk(world_size())
+        return of_ranks[rank()]
 
 
 def gather(x):
@@ -96,11 +97,15 @@ def upcast(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def check_loss_input(a, b, temperature):
+def own_rows(x):
+    """Where the rows of this process stand among those of all."""
+    b = len(x)
+    return torch.arange(b, device=x.device) + rank() * b
+
+
+def check_views(a, b):
     if a.shape != b.shape:
         raise ValueError(f'the two views have the shapes {tuple(a.shape)} and {tuple(b.shape)}')
-    if not temperature > 0:
-        raise ValueError(f'temperature {temperature} must be above 0')
 
 
 def info_nce(q, k, temperature=0.2):
@@ -110,13 +115,12 @@ def info_nce(q, k, temperature=0.2):
     MoCo-v3's: it keeps |grad| nearly independent of the temperature. Collapsed features give
     2T ln N, N the joined batch.
     """
-    check_loss_input(q, k, temperature)
+    check_views(q, k)
     with torch.autocast(q.device.type, enabled=False):
         q = F.normalize(upcast(q))
         k = F.normalize(upcast(k.detach()))
         logits = q @ gather(k).T / temperature                                # b world*b
-        positives = torch.arange(len(q), device=q.device) + rank() * len(q)
-        return 2 * temperature * F.cross_entropy(logits, positives)
+        return 2 * temperature * F.cross_entropy(logits, own_rows(q))
 
 
 def nt_xent(z1, z2, temperature=0.1):
@@ -124,14 +128,14 @@ def nt_xent(z1, z2, temperature=0.1):
 
     SimCLR's own code returns twice that. Collapsed features give ln(2N - 1).
     """
-    check_loss_input(z1, z2, temperature)
+    check_views(z1, z2)
     with torch.autocast(z1.device.type, enabled=False):
         z1 = F.normalize(upcast(z1))
         z2 = F.normalize(upcast(z2))
         all_z = torch.cat([gather(z1), gather(z2)])                           # 2N d
         n = len(all_z) // 2
-        itself = torch.arange(len(z1), device=z1.device) + rank() * len(z1)
-        itself = torch.cat([itself, itself + n])                              # rows of our anchors
+        own = own_rows(z1)
+        itself = torch.cat([own, own + n])                                    # 2b
         positives = (itself + n) % (2 * n)
         logits = torch.cat([z1, z2]) @ all_z.T / temperature                  # 2b 2N
         logits = logits.scatter(1, itself[:, None], -math.inf)                # not its own negative
@@ -150,8 +154,6 @@ def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
     center holds it back. That works while (1 - m) (G - 1) < 1 - center_momentum, where m is the
     teacher's momentum. This is our analysis; on shapes both collapses happened.
     """
-    if not min(teacher_temp, student_temp) > 0:
-        raise ValueError(f'temperatures {teacher_temp} and {student_temp} must be above 0')
     with torch.autocast(center.device.type, enabled=False):
         centered = [upcast(t.detach()) - center for t in teacher]
         targets = [F.softmax(t / teacher_temp, dim=1) for t in centered]
@@ -167,15 +169,17 @@ def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
 
 # ---------------------------------------------------------------- parts of the branches
 
-def mlp_head(widths, bias, last_norm):
-    """Linear, BatchNorm, ReLU, ..., Linear; last_norm adds MoCo-v3's BatchNorm without affine."""
+def mlp_head(widths, last_norm):
+    """Linear, BatchNorm, ReLU, ..., Linear. last_norm: as in MoCo-v3, a BatchNorm without affine
+    part follows, and no layer has a bias, which BatchNorm would take off."""
     layers = []
-    *hidden, last = widths
-    for a, b in zip(hidden, hidden[1:]):
-        layers += [nn.Linear(a, b, bias=bias), nn.BatchNorm1d(b), nn.ReLU(inplace=True)]
-    layers.append(nn.Linear(hidden[-1], last, bias=bias))
+    for a, b in zip(widths, widths[1:]):
+        layers.append(nn.Linear(a, b, bias=not last_norm))
+        layers.append(nn.BatchNorm1d(b))
+        layers.append(nn.ReLU(inplace=True))
+    layers = layers[:-2]                                                      # the last is linear
     if last_norm:
-        layers.append(nn.BatchNorm1d(last, affine=False))
+        layers.append(nn.BatchNorm1d(widths[-1], affine=False))
     return nn.Sequential(*layers)
 
 
@@ -261,12 +265,10 @@ class Branches(nn.Module):
 
 def tiled(images, patch_size):
     """Views rendered for the uncompressed key (224 px), at the side that patches tile (30: 210)."""
-    sides = images.shape[2:]
-    # the rounding is that of compress.patches_per_side
-    tiled_sides = [max(1, int(side / patch_size + 0.5)) * patch_size for side in sides]
-    if tiled_sides == list(sides):
-        return images
-    return F.interpolate(images, tiled_sides, mode='bilinear', antialias=True)
+    # rounded as compress.patches_per_side does it; to the same sides nothing changes
+    patches = [max(1, int(side / patch_size + 0.5)) for side in images.shape[2:]]
+    sides = [n * patch_size for n in patches]
+    return F.interpolate(images, sides, mode='bilinear', antialias=True)
 
 
 # ---------------------------------------------------------------- methods: views in, loss out
@@ -281,8 +283,8 @@ class MoCo(Branches):
                  **branches):
         super().__init__(encoder, **branches)
         self.widths = (encoder.embed_dim, hidden, hidden, out_dim)
-        self.projector = mlp_head(self.widths, bias=False, last_norm=True)
-        self.predictor = mlp_head((out_dim, hidden, out_dim), bias=False, last_norm=True)
+        self.projector = mlp_head(self.widths, last_norm=True)
+        self.predictor = mlp_head((out_dim, hidden, out_dim), last_norm=True)
         self.teacher = ema_copy(encoder)
         self.teacher_projector = ema_copy(self.projector)
         self.temperature = temperature
@@ -332,7 +334,7 @@ class SimCLR(Branches):
     def __init__(self, encoder, hidden=4096, out_dim=256, temperature=0.1, **branches):
         super().__init__(encoder, **branches)
         self.widths = (encoder.embed_dim, hidden, hidden, out_dim)
-        self.projector = mlp_head(self.widths, bias=True, last_norm=False)
+        self.projector = mlp_head(self.widths, last_norm=False)
         self.temperature = temperature
 
     def forward(self, views, patch_size=None, drop_rate=0.0, generator=None):
@@ -399,11 +401,12 @@ class DINO(Branches):
         self.batch_center.copy_(teacher.mean(dim=0, keepdim=True))
         centered = teacher - self.center
         log_p = F.log_softmax(centered / self.teacher_temp, dim=1)
-        entropy = -(log_p.exp() * log_p).sum(dim=1).mean()
+        entropy = -(log_p.exp() * log_p).sum(dim=1)
         # less the center, which all images share; the student's last view is not the teacher's
         b = len(views[0])
-        metrics = monitors(features[0][:b], student[-1] - self.center, centered[:b])
-        return loss, dict(teacher_entropy=entropy, **metrics)
+        outputs = student[-1] - self.center
+        metrics = monitors(features[0][:b], outputs, centered[:b])
+        return loss, dict(teacher_entropy=entropy.mean(), **metrics)
 
     def passes(self):
         views = range(2 + self.local_crops)
@@ -452,11 +455,12 @@ def monitors(features, a, b):
     (b d), and of the others.
     """
     features, a, b = [F.normalize(upcast(x)) for x in (features, a, b)]
-    n, d = features.shape
-    spread = features.std(dim=0).mean() * d ** 0.5
+    spread = features.std(dim=0).mean() * features.shape[1] ** 0.5
+    n = len(a)
     positive = (a * b).sum(dim=1).mean()
     # the mean cosine over all n^2 pairs is the product of the two mean vectors
-    every_pair = (a.mean(dim=0) * b.mean(dim=0)).sum()
+    means = a.mean(dim=0) * b.mean(dim=0)
+    every_pair = means.sum()
     negative = (n * every_pair - positive) / max(1, n - 1)
     return dict(feature_spread=spread, positive_similarity=positive, negative_similarity=negative)
 

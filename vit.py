@@ -94,11 +94,13 @@ def positions(vit, grid):
     side = math.isqrt(table.shape[1] - 1)
     base_grid = getattr(vit.patch_embed, 'grid_size', None) or (side, side)
     n = math.prod(base_grid)
+    pos = table[:, -n:]
     prefix_pos = table[:, :-n] if table.shape[1] > n else 0       # timm's no_embed_class has none
-    if isinstance(vit, ViT) and vit.config['pos_embed'] == 'sincos' and grid != base_grid:
+    computed = isinstance(vit, ViT) and vit.config['pos_embed'] == 'sincos'
+    if computed and grid != base_grid:
         pos = sincos_table(*grid, vit.embed_dim, base_grid, table.device)
         return prefix_pos, pos.to(table.dtype)
-    return prefix_pos, resize_pos_embed(table[:, -n:], base_grid, grid)
+    return prefix_pos, resize_pos_embed(pos, base_grid, grid)
 
 
 UNSUPPORTED = dict(
@@ -212,7 +214,7 @@ class ViT(nn.Module):
         self.patch_embed.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
         self.patch_embed.grid_size = grid
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        table = torch.zeros(1, 1 + grid[0] * grid[1], embed_dim)
+        table = torch.zeros(1, 1 + math.prod(grid), embed_dim)
         self.pos_embed = nn.Parameter(table, requires_grad=pos_embed == 'learned')
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
@@ -223,7 +225,8 @@ class ViT(nn.Module):
     def init_weights(self):
         """MoCo-v3's: Xavier, with the fused qkv and the patch kernel taken as linear maps."""
         d = self.embed_dim
-        for name, layer in [*self.blocks.named_modules(), ('proj', self.patch_embed.proj)]:
+        layers = [*self.blocks.named_modules(), ('proj', self.patch_embed.proj)]
+        for name, layer in layers:
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 fan_out, fan_in = layer.weight.flatten(1).shape
                 if name.endswith('qkv'):
@@ -233,8 +236,8 @@ class ViT(nn.Module):
                 layer.bias.zero_()
         self.cls_token.normal_(std=1e-6)
         if self.config['pos_embed'] == 'sincos':
-            # the class token's row stays zero
-            self.pos_embed[:, 1:] = sincos_table(*self.patch_embed.grid_size, d)
+            h, w = self.patch_embed.grid_size
+            self.pos_embed[:, 1:] = sincos_table(h, w, d)           # the class token's stays zero
         else:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
@@ -348,14 +351,12 @@ def config_of(weights, num_heads, layout):
 def self_check():
     torch.manual_seed(0)
     vit = ViT(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=2)
-    small = torch.randn(4, 3, 16, 16)
-    # enlarged patch by patch, as a patch of 8 px sees it
-    large = rearrange(small, 'b c (h p) (w q) -> (b h w) c p q', p=4, q=4)
-    large = F.interpolate(large, 8, mode='bilinear')
-    large = rearrange(large, '(b h w) c p q -> b c (h p) (w q)', b=4, h=4)
+    colours = torch.randn(4, 3, 4, 4)                      # one for each patch
+    small = F.interpolate(colours, 16)
+    large = F.interpolate(colours, 32)
     difference = vit(large, patch_size=8) - vit(small)
     error = difference.abs().max()
-    print(f'patches of 8 px of enlarged pictures: as the small pictures, to {error:.1e}')
+    print(f'a picture in flat patches of 8 px has the features of one in 4 px, to {error:.1e}')
     assert error < 1e-5
     print('vit.py: all claims hold')
 

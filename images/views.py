@@ -170,13 +170,15 @@ def crop_boxes(b, h, w, scale, generator):
     # anywhere in the image, both borders included; the central box is in the middle
     room_y = h - height
     room_x = w - width
-    top = torch.where(found, y * (room_y + 1), room_y / 2)
-    left = torch.where(found, x * (room_x + 1), room_x / 2)
+    y = y * (room_y + 1)
+    x = x * (room_x + 1)
+    top = torch.where(found, y, room_y / 2)
+    left = torch.where(found, x, room_x / 2)
     return top.floor(), left.floor(), height, width
 
 
 def cubic_filter(x):
-    """Weights at distances x >= 0, a = -0.5 as in PIL: two cubics meet at 1, the second ends at 2."""
+    """Bicubic weights at x >= 0, a = -0.5 as in PIL: two cubics meet at 1, the second ends at 2."""
     x = x.clamp(max=2)
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
@@ -199,7 +201,8 @@ def filter_matrix(start, length, size_in, size_out, interpolation):
     pixels = torch.arange(size_in, device=device) + 0.5
     inside = (pixels > start) & (pixels < start + length)
     pixels = torch.where(inside, pixels / reach, math.inf)   # b size_in; those outside weigh 0
-    x = (pixels[:, None, :] - centers[:, :, None]).abs()     # b size_out size_in
+    distance = pixels[:, None, :] - centers[:, :, None]      # b size_out size_in
+    x = distance.abs()
     if interpolation == 'bilinear':
         weights = (1 - x).clamp(min=0)
     else:
@@ -212,8 +215,9 @@ def shrink_matrix(large, small):
     """S (small large) in float32: the least-squares picture of an axis of a patch."""
     with torch.inference_mode(False):
         pixels = torch.eye(small, dtype=torch.float64)[:, None]
-        enlarged = F.interpolate(pixels, large, mode='linear')[:, 0].T       # large small
-        return torch.linalg.pinv(enlarged).float()
+        enlarged = F.interpolate(pixels, large, mode='linear')
+        matrix = enlarged[:, 0].T                                             # large small
+        return torch.linalg.pinv(matrix).float()
 
 
 def shrink(weights, patches):
@@ -253,25 +257,23 @@ def to_float(images):
 def resize(images, side):
     """Whole images, antialiased bicubic: uint8 or float in [0, 1] -> float32 (b c side side)."""
     images = to_float(images)
-    size = (side, side)
-    if images.shape[2:] == size:
+    if images.shape[2:] == (side, side):
         return images
-    images = F.interpolate(images, size, mode='bicubic', antialias=True)
+    images = F.interpolate(images, side, mode='bicubic', antialias=True)
     return images.clamp(0, 1)
 
 
 def normalize(images, mean, std):
     """(images - mean) / std, with one mean and one std for each channel."""
-    mean = by_channel(tuple(mean), images.device)
-    std = by_channel(tuple(std), images.device)
+    mean, std = by_channel(tuple(mean), tuple(std), images.device)
     return (images - mean) / std
 
 
 @cache
-def by_channel(values, device):
-    """(c 1 1), made once: a GPU is waited for when numbers are copied to it."""
+def by_channel(mean, std, device):
+    """(2 c 1 1), made once: a GPU is waited for when numbers are copied to it."""
     with torch.inference_mode(False):
-        return torch.tensor(values, device=device)[:, None, None]
+        return torch.tensor([mean, std], device=device)[:, :, None, None]
 
 
 # ---------------------------------------------------------------- colour
@@ -309,15 +311,16 @@ def turn_hue(images, turns):
     near_blue = 4 + (red - green) / span
     hue = torch.where(high == green, near_green, near_blue)
     hue = torch.where(high == red, (green - blue) / span, hue)
-    circle = hue / 6 + onto(images, turns)[0]
+    turns, = onto(images, turns)
+    circle = hue / 6 + turns
     hue = 6 * (circle - circle.floor())
 
     # back to RGB: a channel is full (1) near its own hue and empty (0) opposite to it
     red = (hue - 3).abs() - 1
     green = 2 - (hue - 2).abs()
     blue = 2 - (hue - 4).abs()
-    full = torch.cat([red, green, blue], dim=1).clamp(0, 1)
-    return low + chroma * full
+    full = torch.cat([red, green, blue], dim=1)
+    return low + chroma * full.clamp(0, 1)
 
 
 def color_jitter(images, operations, factors, hue_place, turns):
@@ -342,7 +345,8 @@ def blur_matrix(sigma, size):
 
 
 def blur(images, sigma):
-    matrix = blur_matrix(onto(images, sigma)[0][:, 0], images.shape[3])
+    sigma, = onto(images, sigma)
+    matrix = blur_matrix(sigma[:, 0], images.shape[3])
     return separable(images, matrix, matrix)
 
 
