@@ -1,4 +1,5 @@
 """Small MoCo, SimCLR and DINO; one step of each in one process or in several; shrunk images."""
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -9,13 +10,9 @@ from losses import DINO, MoCo, SimCLR
 from vit import ViT
 
 METHODS = ('moco', 'simclr', 'dino')
+each_method = pytest.mark.parametrize('name', METHODS)
 SIZES = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
-STEPS = {
-    'moco': dict(),
-    'moco, both directions': dict(symmetric=True),
-    'simclr': dict(),
-    'dino': dict(),
-}
+STEPS = {name: {} for name in METHODS} | {'moco, both directions': dict(symmetric=True)}
 
 
 def build(name, encoder=None, **options):
@@ -48,11 +45,10 @@ def shrunk(images, large, small):
 
 def without_batch_norm(method):
     """LayerNorm in place of BatchNorm, whose statistics gloo cannot share between processes."""
-    for module in list(method.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm1d):
-                norm = nn.LayerNorm(child.num_features, elementwise_affine=False)
-                setattr(module, name, norm)
+    for name, module in list(method.named_modules()):
+        if isinstance(module, nn.BatchNorm1d):
+            norm = nn.LayerNorm(module.num_features, elementwise_affine=False)
+            method.set_submodule(name, norm)
     return method
 
 
