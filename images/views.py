@@ -150,31 +150,25 @@ def crop_boxes(b, h, w, scale, generator):
     tries = (b, 10)
     area = h * w * uniform(tries, *scale, generator)
     log_aspect = uniform(tries, math.log(narrow), math.log(wide), generator)
-    y, x = uniform((2, b), 0, 1, generator)
+    place = uniform((2, b), 0, 1, generator)                 # from top to bottom, left to right
 
+    # both axes at once: of an array (2 ...) the first is the vertical one
     aspect = log_aspect.exp()
-    widths = (area * aspect).sqrt().round()
-    heights = (area / aspect).sqrt().round()
-    fits_width = (widths >= 1) & (widths <= w)
-    fits_height = (heights >= 1) & (heights <= h)
-    fits = fits_width & fits_height
-
-    image = torch.arange(b)
+    sizes = torch.stack([area / aspect, area * aspect])      # 2 b 10
+    sizes = sizes.sqrt().round()
+    largest = torch.tensor([h, w])[:, None, None]
+    fits = (sizes >= 1) & (sizes <= largest)
+    fits = fits.all(dim=0)
     first = fits.float().argmax(dim=1)
     found = fits.any(dim=1)
-    central_height = min(h, round(w / narrow))
-    central_width = min(w, round(h * wide))
-    height = torch.where(found, heights[image, first], central_height)
-    width = torch.where(found, widths[image, first], central_width)
+    size = sizes[:, torch.arange(b), first]                  # 2 b
+    central = [min(h, round(w / narrow)), min(w, round(h * wide))]
+    size = torch.where(found, size, torch.tensor(central)[:, None])
 
     # anywhere in the image, both borders included; the central box is in the middle
-    room_y = h - height
-    room_x = w - width
-    y = y * (room_y + 1)
-    x = x * (room_x + 1)
-    top = torch.where(found, y, room_y / 2)
-    left = torch.where(found, x, room_x / 2)
-    return top.floor(), left.floor(), height, width
+    room = largest[:, 0] - size
+    corner = torch.where(found, place * (room + 1), room / 2)
+    return *corner.floor(), *size
 
 
 def cubic_filter(x):
@@ -237,8 +231,8 @@ def separable(images, rows, cols):
 def crop_and_flip(images, view, draws):
     """The drawn boxes of float images, resized to the view's side, half of them mirrored."""
     h, w = images.shape[2:]
-    box = [draws[name] for name in ('top', 'left', 'height', 'width', 'flip')]
-    top, left, height, width, flip = onto(images, *box)
+    box, flip = onto(images, draws['box'], draws['flip'])
+    top, left, height, width = box.unbind(dim=1)
     rows = filter_matrix(top, height, h, view.side, view.interpolation)
     cols = filter_matrix(left, width, w, view.side, view.interpolation)
     cols = torch.where(flip, cols.flip(1), cols)
@@ -289,11 +283,10 @@ def luminance(images):
 def blend(images, operation, factor):
     """f image + (1 - f) reference. The operation is 0 brightness, 1 contrast or 2 saturation."""
     operation, factor = onto(images, operation, factor)
-    is_contrast = (operation == 1).float()
-    is_saturation = (operation == 2).float()
     light = luminance(images)
     mean = light.mean(dim=(2, 3), keepdim=True)
-    reference = is_contrast * mean + is_saturation * light   # 0, which is black, for brightness
+    reference = torch.where(operation == 1, mean, light)
+    reference = torch.where(operation == 0, 0.0, reference)   # brightness: black
     return torch.lerp(reference, images, factor).clamp(0, 1)
 
 
@@ -391,7 +384,7 @@ def draw(b, h, w, view, generator):
     def factor(strength):
         return draws(max(0, 1 - strength), 1 + strength)
 
-    top, left, height, width = crop_boxes(b, h, w, view.scale, generator)
+    box = crop_boxes(b, h, w, view.scale, generator)
     flip = uniform((b, 1, 1), 0, 1, generator) < 0.5
     *blends, hue = view.jitter                               # brightness, contrast, saturation
     factors = [factor(strength) for strength in blends]
@@ -401,10 +394,7 @@ def draw(b, h, w, view, generator):
     order = [draws(), draws(), draws()]
     operations = torch.stack(order, dim=1).argsort(dim=1)
     return dict(
-        top=top,
-        left=left,
-        height=height,
-        width=width,
+        box=torch.stack(box, dim=1),                         # b 4
         flip=flip,
         jitter=draws() < view.jitter_p,
         operations=operations,

@@ -48,9 +48,8 @@ def test_crop_and_flip_equals_torchvision():
     """Boxes at each border of a rectangle, shrunk and enlarged. The second is mirrored."""
     images = torch.rand(4, 3, 40, 30, dtype=torch.float64)
     boxes = [(0, 0, 40, 30), (3, 2, 20, 21), (0, 17, 9, 13), (32, 10, 8, 8)]
-    columns = torch.tensor(boxes, dtype=torch.float64).unbind(dim=1)
-    draws = dict(zip(('top', 'left', 'height', 'width'), columns))
-    draws['flip'] = torch.tensor([False, True, False, False]).view(4, 1, 1)
+    flip = torch.tensor([False, True, False, False]).view(4, 1, 1)
+    draws = dict(box=torch.tensor(boxes, dtype=torch.float64), flip=flip)
     for side, mode in ((8, 'bilinear'), (20, 'bicubic'), (48, 'bicubic')):
         ours = views.crop_and_flip(images, Augmentation(side, interpolation=mode), draws)
         ours[1] = ours[1].flip(2)
