@@ -124,7 +124,8 @@ def summary(own, inner, true, square, num_batches):
             """The mean product of two different groups."""
             products = products[kept][:, kept]
             total = products.sum() - products.diagonal().sum()
-            return total.item() / (len(kept) * (len(kept) - 1))
+            count = len(kept) * (len(kept) - 1)
+            return total.item() / count
 
         norm2 = across(true)
         own2 = across(own)

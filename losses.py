@@ -303,7 +303,8 @@ class MoCo(Branches):
         features = self.encode(self.student, x1, 'query', *strategy)
         q1 = self.predictor(self.projector(features))
         with torch.no_grad():
-            k2 = self.teacher_projector(self.encode(self.teacher, x2, 'key', *strategy))
+            k2 = self.encode(self.teacher, x2, 'key', *strategy)
+            k2 = self.teacher_projector(k2)
         loss = info_nce(q1, k2, self.temperature)
         return loss, monitors(features, q1, k2)
 
@@ -342,12 +343,16 @@ class SimCLR(Branches):
         x1, x2 = views
         features = self.encode(self.student, x1, 'query', *strategy)
         z1 = self.projector(features)
-        z2 = self.projector(self.encode(self.student, x2, 'key', *strategy))
+        z2 = self.encode(self.student, x2, 'key', *strategy)
+        z2 = self.projector(z2)
         loss = nt_xent(z1, z2, self.temperature)
         return loss, monitors(features, z1, z2)
 
     def passes(self):
-        return [('query', 0, True, self.widths), ('key', 1, True, self.widths)]
+        return [
+            ('query', 0, True, self.widths),
+            ('key', 1, True, self.widths),
+        ]
 
     def update_teacher(self, momentum):
         """SimCLR has no teacher: both branches are the trained encoder."""
@@ -393,9 +398,10 @@ class DINO(Branches):
             features = self.encode(self.teacher, resolutions[0], 'key', *strategy)
             teacher = self.teacher_head(features)
         features = [self.encode(self.student, x, 'query', *strategy) for x in resolutions]
-        student = self.student_head(torch.cat(features)).chunk(len(views))
-        loss = dino_loss(student, teacher.chunk(2), self.center, self.teacher_temp,
-                         self.student_temp)
+        student = self.student_head(torch.cat(features))
+        student = student.chunk(len(views))
+        temperatures = (self.teacher_temp, self.student_temp)
+        loss = dino_loss(student, teacher.chunk(2), self.center, *temperatures)
 
         teacher = upcast(teacher)
         self.batch_center.copy_(teacher.mean(dim=0, keepdim=True))

@@ -214,13 +214,12 @@ def self_check():
     # bias grows against the shrinking gradient: compress while variance dominates, then stop
     errors = dict(variance=2, norm2=1, bias2_sem=0.01, variance_sem=0.01, norm2_sem=0.01)
     rows = []
-    for p in (0, 0.3, 1):
-        for strategy, cost, bias2 in (('p4', 1, 0), ('p8', 0.4, 0.3), ('p16', 0.1, 0.9)):
-            bias2 = bias2 * (1 + 9 * p)
-            rows.append(dict(errors, progress=p, strategy=strategy, cost=cost, bias2=bias2))
+    for p, bias2 in ((0, 0.4), (0.3, 2), (1, 4)):
+        rows.append(dict(errors, progress=p, strategy='p4', cost=1, bias2=0))
+        rows.append(dict(errors, progress=p, strategy='p8', cost=0.2, bias2=bias2))
     schedule = solve(rows)
     print(f'a made-up table gives {schedule}')
-    assert str(schedule) == 'p16@0,p8@0.15,p4@0.65'
+    assert str(schedule) == 'p8@0,p4@0.15'
     print('schedule.py: all claims hold')
 
 

@@ -196,10 +196,17 @@ class ViT(nn.Module):
                  depth=12, num_heads=6, mlp_ratio=4.0, pos_embed='sincos',
                  freeze_patch_embed=False):
         super().__init__()
-        self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans,
-                           embed_dim=embed_dim, depth=depth, num_heads=num_heads,
-                           mlp_ratio=mlp_ratio, pos_embed=pos_embed,
-                           freeze_patch_embed=freeze_patch_embed)
+        self.config = dict(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            pos_embed=pos_embed,
+            freeze_patch_embed=freeze_patch_embed,
+        )
         if embed_dim % num_heads or embed_dim % 4:
             raise ValueError(f'width {embed_dim} must be a multiple of 4, for sin-cos positions, '
                              f'and of the {num_heads} heads')

@@ -82,7 +82,8 @@ class Augmentation:
     patches: tuple = (1, 1)               # (q, p): each q x q patch as its p x p picture
 
     def __post_init__(self):
-        if not 0 < self.scale[0] <= self.scale[1] <= 1 or min(self.jitter) < 0:
+        smallest, largest = self.scale
+        if not 0 < smallest <= largest <= 1 or min(self.jitter) < 0:
             raise ValueError(f'crops of {self.scale} of the area and jitter of {self.jitter}: an '
                              f'area is above 0 and at most 1, a strength not below 0')
 
@@ -123,7 +124,8 @@ def recipe(method, side, local_crops=0):
             replace(view, blur_p=0.1, solarize_p=0.2),
         ]
     if method == 'dino':
-        local = replace(view, side=round(side * 96 / 224), scale=(0.05, 0.4), blur_p=0.5)
+        local_side = round(side * 96 / 224)
+        local = replace(view, side=local_side, scale=(0.05, 0.4), blur_p=0.5)
         views += [local] * local_crops
     if side < 64:
         views = [for_small_images(view) for view in views]
