@@ -73,11 +73,12 @@ def glyph_distance(kind, x, y):
 
 
 def rotate(x, y, angle):
+    """(2 n h w): the points (x, y) in turned axes."""
     cos = angle.cos()
     sin = angle.sin()
     along = cos * x + sin * y
     across = -sin * x + cos * y
-    return along, across
+    return torch.stack([along, across])
 
 
 def render_shapes(count, seed, side=32):
@@ -94,31 +95,27 @@ def render_shapes(count, seed, side=32):
     axis = torch.arange(side) - (side - 1) / 2
     turn = draw(0, 2 * math.pi, 1, 1)
     cell = draw(0.26, 0.42, 1, 1) * side                       # the side of a cell in pixels
-    shift = draw(0, 1, 2, 1, 1)
-    x, y = rotate(axis, axis[:, None], turn)                   # n h w
-    x = x / cell + shift[:, 0]                                 # in cells
-    y = y / cell + shift[:, 1]
-    column = x.floor()
-    row = y.floor()
+    shift = draw(0, 1, 2, 1, 1).transpose(0, 1)
+    place = rotate(axis, axis[:, None], turn)                  # 2 n h w
+    place = place / cell + shift                               # in cells
+    corner = place.floor()
 
     # the glyph in the middle of each cell, of one radius and one spin for all cells of an image
     radius = draw(0.32, 0.44, 1, 1)
     spin = draw(0, 2 * math.pi, 1, 1)
-    u = x - column - 0.5
-    v = y - row - 0.5
-    u, v = rotate(u, v, spin)
-    u = u / radius
-    v = v / radius
+    x, y = place - corner - 0.5
+    x, y = rotate(x, y, spin) / radius
     distance = torch.empty(count, side, side)
     for i, kind in enumerate(SHAPES):
         mine = slice(i, None, len(SHAPES))
-        distance[mine] = glyph_distance(kind, u[mine], v[mine])
+        distance[mine] = glyph_distance(kind, x[mine], y[mine])
     cover = (0.5 - distance * radius * cell).clamp(0, 1)       # an edge is one pixel wide
 
     # 36 colours in turn, so that neighbours differ
     colours = draw(0, 1, 36, 3)
     colours = colours * draw(0.3, 0.6, 1, 1)
-    which = column % 6 * 6 + row % 6
+    column, row = corner % 6
+    which = column * 6 + row
     which = repeat(which.long(), 'n h w -> n (h w) c', c=3)
     ink = colours.gather(1, which)                             # the same colour for a whole cell
     ink = rearrange(ink, 'n (h w) c -> n c h w', h=side)
