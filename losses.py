@@ -130,14 +130,14 @@ def nt_xent(z1, z2, temperature=0.1):
     """
     check_views(z1, z2)
     with torch.autocast(z1.device.type, enabled=False):
-        z1 = F.normalize(upcast(z1))
-        z2 = F.normalize(upcast(z2))
+        z = F.normalize(upcast(torch.cat([z1, z2])))                          # 2b d
+        z1, z2 = z.chunk(2)
         all_z = torch.cat([gather(z1), gather(z2)])                           # 2N d
         n = len(all_z) // 2
         own = own_rows(z1)
         itself = torch.cat([own, own + n])                                    # 2b
         positives = (itself + n) % (2 * n)
-        logits = torch.cat([z1, z2]) @ all_z.T / temperature                  # 2b 2N
+        logits = z @ all_z.T / temperature                                    # 2b 2N
         logits = logits.scatter(1, itself[:, None], -math.inf)                # not its own negative
         return F.cross_entropy(logits, positives)
 

@@ -146,10 +146,11 @@ def sincos_table(h, w, dim, base_grid=None, device='cpu'):
         frequencies = 1.0 / 10000 ** (torch.arange(dim // 4) / (dim // 4))
         rows = (torch.arange(h) + 0.5) * (base_h / h) - 0.5
         cols = (torch.arange(w) + 0.5) * (base_w / w) - 0.5
-        row_angles = repeat(torch.outer(rows, frequencies), 'h f -> (h w) f', w=w)
-        col_angles = repeat(torch.outer(cols, frequencies), 'w f -> (h w) f', h=h)
-        waves = [row_angles.sin(), row_angles.cos(), col_angles.sin(), col_angles.cos()]
-        return torch.cat(waves, dim=1)[None].to(device)
+        places = torch.cartesian_prod(rows, cols)                             # (h w) 2
+        angles = places[:, :, None] * frequencies                             # (h w) 2 f
+        waves = torch.stack([angles.sin(), angles.cos()], dim=2)              # (h w) 2 2 f
+        table = waves.flatten(1)[None]
+        return table.to(device)
 
 
 class Attention(nn.Module):
