@@ -1,4 +1,5 @@
-"""Small MoCo, SimCLR and DINO; one step of each in one process or in several; shrunk images."""
+"""Small MoCo, SimCLR and DINO; one step of each in one process or in several; shrunk images;
+what is refused."""
 import pytest
 import torch
 import torch.distributed as dist
@@ -41,6 +42,13 @@ def shrunk(images, large, small):
                      h=height // large)
 
 
+def refused(function, cases):
+    """Each case (argument, message) raises this ValueError."""
+    for argument, message in cases:
+        with pytest.raises(ValueError, match=message):
+            function(argument)
+
+
 # ---- in one process or in several
 
 def without_batch_norm(method):
@@ -66,12 +74,10 @@ def one_step(title, rank=0, world=1):
     loss.backward()
     method.update_teacher(0.9)
     gradients = [p.grad.flatten() for p in method.parameters() if p.grad is not None]
-    means = [loss.detach(), torch.cat(gradients)]
+    mean = torch.cat([loss.detach()[None], *gradients]) / world
     if world > 1:
-        for value in means:
-            dist.all_reduce(value)
-    center = getattr(method, 'center', torch.zeros(1))
-    return means[0] / world, means[1] / world, center
+        dist.all_reduce(mean)
+    return mean[0], mean[1:], getattr(method, 'center', mean[:1])
 
 
 def worker(rank, world, folder):

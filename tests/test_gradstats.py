@@ -60,7 +60,7 @@ def test_a_direction_that_is_lost_in_noise_is_not_a_number():
     """Gradients of mean 0: without one of the groups the squared norm comes out negative."""
     grad_fn, batches = noisy(6, mean=0)
     stats = gradient_stats(grad_fn, ['base'], 'base', batches)['base']
-    assert math.isnan(stats.cosine) and math.isfinite(stats.norm2_sem)
+    assert stats.norm2 > 0 and math.isnan(stats.cosine) and math.isfinite(stats.norm2_sem)
 
 
 def test_one_gradient_for_each_strategy_and_batch():

@@ -21,15 +21,13 @@ from losses import DINOHead, dino_loss, info_nce, mlp_head, monitors, nt_xent, t
 # ---------------------------------------------------------------- losses
 
 def test_closed_forms():
-    """Equal pairs, orthogonal to each other; then all features equal, the loss by chance."""
+    """Equal pairs, orthogonal to each other; then all features equal: the losses by chance."""
     eye = torch.eye(8, dtype=torch.float64)
     assert info_nce(eye, eye, 0.2).item() == pytest.approx(0.4 * math.log(1 + 7 * math.exp(-5)))
-    assert nt_xent(eye, eye, 0.5).item() == pytest.approx(math.log(1 + 14 * math.exp(-2)))
     same = torch.ones(8, 64)
     collapsed = info_nce(same, same), nt_xent(same, same), dino_loss([same] * 2, [same], same, 0.04)
-    chance = 0.4 * math.log(8), math.log(15), math.log(64)
+    chance = [build(name).chance_loss(8) for name in METHODS]
     assert torch.stack(collapsed).tolist() == pytest.approx(chance)
-    assert [build(name).chance_loss(8) for name in METHODS] == pytest.approx(chance)
 
 
 def test_nt_xent_and_its_gradient_equal_lightly():
@@ -43,18 +41,15 @@ def test_nt_xent_and_its_gradient_equal_lightly():
     assert error(ours.grad, theirs.grad) < 1e-7
 
 
-def test_dino_loss_and_center_equal_lightly():
-    """2 global views against 5. lightly's center moves by 0.1 a step, after the loss."""
+def test_dino_loss_equals_lightlys():
+    """2 global views against 5, before and after lightly's center has moved."""
     theirs = DINOLoss(64)
-    center = torch.zeros(1, 64)
-    for temperature in (0.04, 0.055, 0.07):
+    for temperature in (0.04, 0.07):
         teacher = torch.randn(2, 8, 64)
         student = torch.randn(5, 8, 64)
-        loss = dino_loss(student, teacher, center, temperature)
+        loss = dino_loss(student, teacher, theirs.center.view(1, 64), temperature)
         reference = theirs(list(teacher), list(student), teacher_temp=temperature)
         assert error(loss, reference) < 5e-6
-        center = center.lerp(teacher.mean(dim=(0, 1))[None], 0.1)
-        assert error(center, theirs.center.reshape(1, 64)) < 1e-6
 
 
 def test_autocast_does_not_change_a_loss_and_keys_get_no_gradient():
@@ -156,29 +151,19 @@ def test_any_encoder_with_an_embed_dim_trains(name):
 
 # ---------------------------------------------------------------- each method by hand
 
-@pytest.mark.parametrize('symmetric', (False, True))
-def test_three_steps_of_moco_v3_by_hand(symmetric):
-    """The algorithm box: q from student, projector and predictor, k from the EMA copies."""
-    method = build('moco', temperature=0.5, symmetric=symmetric)
-    fast = copy.deepcopy(nn.Sequential(method.student, method.projector, method.predictor))
-    slow = copy.deepcopy(fast[:2])
-    optimizers = [torch.optim.SGD(module.parameters(), 0.1) for module in (method, fast)]
-    x1, x2 = views_of('moco')
-    for _ in range(3):
+def test_moco_v3_equals_its_algorithm_box():
+    """q from student, projector and predictor, k from the EMA copies. test_train.py steps."""
+    for symmetric in (False, True):
+        method = build('moco', temperature=0.5, symmetric=symmetric)
+        for parameter in method.teacher_projector.parameters():
+            nn.init.normal_(parameter)                        # so that the branches differ
+        views = views_of('moco')
         by_hand = 0
-        for x, y in [(x1, x2), (x2, x1)][:1 + symmetric]:
-            q = F.normalize(fast(x))
-            k = F.normalize(slow(y)).detach()
+        for x, y in [views, views[::-1]][:1 + symmetric]:
+            q = F.normalize(method.predictor(method.projector(method.student(x))))
+            k = F.normalize(method.teacher_projector(method.teacher(y)))
             by_hand += 2 * 0.5 * F.cross_entropy(q @ k.T / 0.5, torch.arange(8))
-        loss, _ = method([x1, x2])
-        assert error(loss, by_hand) < 1e-6
-        for total, optimizer in zip((loss, by_hand), optimizers):
-            optimizer.zero_grad()
-            total.backward()
-            optimizer.step()
-        method.update_teacher(0.9)
-        for a, b in zip(slow.parameters(), fast.parameters()):
-            a.data = 0.9 * a.data + 0.1 * b.data
+        assert error(method(views)[0], by_hand) < 1e-6
 
 
 def test_dino_equals_its_official_form_view_by_view():
