@@ -170,8 +170,11 @@ def dino_loss(student, teacher, center, teacher_temp, student_temp=0.1):
 # ---------------------------------------------------------------- parts of the branches
 
 def mlp_head(widths, last_norm):
-    """Linear, BatchNorm, ReLU, ..., Linear. last_norm: as in MoCo-v3, a BatchNorm without affine
-    part follows, and no layer has a bias, which BatchNorm would take off."""
+    """Linear, BatchNorm, ReLU, ..., Linear.
+
+    last_norm: as in MoCo-v3, a BatchNorm without affine part follows. Then no layer has a bias:
+    the BatchNorm behind it would take it off again.
+    """
     layers = []
     for a, b in zip(widths, widths[1:]):
         layers.append(nn.Linear(a, b, bias=not last_norm))
@@ -300,6 +303,7 @@ class MoCo(Branches):
         return loss, metrics
 
     def direction(self, x1, x2, strategy):
+        """(loss, metrics) of queries from x1 against keys from x2."""
         features = self.encode(self.student, x1, 'query', *strategy)
         q1 = self.predictor(self.projector(features))
         with torch.no_grad():

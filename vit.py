@@ -78,7 +78,11 @@ def forward_features(vit, images, patch_size=None, drop_rate=0.0, generator=None
 
 
 def grid_of(height, width, patch_size):
-    """Patches per column and per row, or an error that names the patch sizes that fit."""
+    """Patches per column and per row, or an error that names the patch sizes that fit.
+
+    A view is rendered at a multiple of the patch size (compress.patches_per_side). An image that is
+    not would lose its right and lower border in silence.
+    """
     if height % patch_size or width % patch_size:
         near = range(max(1, patch_size // 2), 2 * patch_size + 1)
         choices = [str(p) for p in near if height % p == width % p == 0]
@@ -89,7 +93,10 @@ def grid_of(height, width, patch_size):
 
 
 def positions(vit, grid):
-    """Position codes of the tokens before the patches (1 r d or 0) and of the patches (1 n d)."""
+    """Position codes of the tokens before the patches (1 r d or 0) and of the patches (1 n d).
+
+    A computed table is computed for the new grid; a learned one can only be interpolated.
+    """
     table = vit.pos_embed
     side = math.isqrt(table.shape[1] - 1)
     base_grid = getattr(vit.patch_embed, 'grid_size', None) or (side, side)
@@ -154,6 +161,8 @@ def sincos_table(h, w, dim, base_grid=None, device='cpu'):
 
 
 class Attention(nn.Module):
+    """Every token reads from all tokens, in each head with weights of its own."""
+
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
@@ -169,6 +178,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention moves information between tokens, the MLP works on each alone. Both read the
+    normalized x and add to x itself (pre-norm), which keeps a deep network trainable."""
+
     def __init__(self, dim, num_heads, mlp_ratio):
         super().__init__()
         hidden = int(dim * mlp_ratio)
@@ -238,7 +250,8 @@ class ViT(nn.Module):
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 fan_out, fan_in = layer.weight.flatten(1).shape
                 if name.endswith('qkv'):
-                    fan_out = d                 # three maps d -> d: as one, it would be too narrow
+                    # q, k and v are three maps d -> d; Xavier on the fused matrix is too narrow
+                    fan_out = d
                 bound = math.sqrt(6 / (fan_in + fan_out))
                 layer.weight.uniform_(-bound, bound)
                 layer.bias.zero_()

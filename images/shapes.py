@@ -111,7 +111,7 @@ def render_shapes(count, seed, side=32):
         distance[mine] = glyph_distance(kind, x[mine], y[mine])
     cover = (0.5 - distance * radius * cell).clamp(0, 1)       # an edge is one pixel wide
 
-    # 36 colours in turn, so that neighbours differ
+    # 36 colours in turn, so that neighbours differ; ink is darker than paper, so that each shows
     colours = draw(0, 1, 36, 3)
     colours = colours * draw(0.3, 0.6, 1, 1)
     column, row = corner % 6
