@@ -26,7 +26,8 @@ import argparse
 import math
 import re
 import zipfile
-from functools import lru_cache
+from collections import OrderedDict
+from functools import cache, partial
 
 import torch
 import torch.nn as nn
@@ -50,7 +51,7 @@ def forward_features(vit, images, patch_size=None, drop_rate=0.0, generator=None
         check_supported(vit)
     proj = vit.patch_embed.proj
     p = patch_size or proj.kernel_size[0]
-    grid = grid_of(images, p)
+    grid = grid_of(*images.shape[2:], p)
     patches = rearrange(images, 'b c (h p) (w q) -> b (h w) (c p q)', p=p, q=p)
     prefix_pos, pos = positions(vit, grid)                                    # 1 r d, 1 n d
     if drop_rate:
@@ -60,42 +61,53 @@ def forward_features(vit, images, patch_size=None, drop_rate=0.0, generator=None
         pos = pos[0][ids]                                                     # b k d
 
     # a convolution with stride p is a linear map of each patch, for any resized kernel
-    kernel = rearrange(pi_resize(proj.weight, p), 'd c p q -> d (c p q)')
+    kernel = pi_resize(proj.weight, p).flatten(1)                             # d (c p q)
     x = F.linear(patches, kernel, proj.bias)                                  # b k d
-    x = getattr(vit.patch_embed, 'norm', nn.Identity())(x) + pos
-    registers = getattr(vit, 'reg_token', None)
-    prefix = vit.cls_token if registers is None else torch.cat([vit.cls_token, registers], dim=1)
+    norm = getattr(vit.patch_embed, 'norm', nn.Identity())
+    x = norm(x) + pos
+    prefix = vit.cls_token
+    if getattr(vit, 'reg_token', None) is not None:
+        prefix = torch.cat([prefix, vit.reg_token], dim=1)
     prefix = repeat(prefix + prefix_pos, '1 r d -> b r d', b=len(x))
     x = torch.cat([prefix, x], dim=1)                                         # b r+k d
-    x = getattr(vit, 'norm_pre', nn.Identity())(x)
+    norm_pre = getattr(vit, 'norm_pre', nn.Identity())
+    x = norm_pre(x)
     for block in vit.blocks:
         x = block(x)
     return vit.norm(x)
 
 
-def grid_of(images, patch_size):
-    """Patches per column and per row, or an error that names the patch sizes that fit."""
-    height, width = images.shape[2:]
+def grid_of(height, width, patch_size):
+    """Patches per column and per row, or an error that names the patch sizes that fit.
+
+    A view is rendered at a multiple of the patch size (compress.patches_per_side). An image that is
+    not would lose its right and lower border in silence.
+    """
     if height % patch_size or width % patch_size:
-        common = math.gcd(height, width)
-        fitting = [p for p in range(1, common + 1) if common % p == 0]
-        near = [p for p in fitting if patch_size / 2 <= p <= patch_size * 2] or fitting
+        near = range(max(1, patch_size // 2), 2 * patch_size + 1)
+        choices = [str(p) for p in near if height % p == width % p == 0]
+        choices.append(f'an image size that is a multiple of {patch_size}')
         raise ValueError(f'patch size {patch_size} does not divide image size {height}x{width}; '
-                         f'use {", ".join(map(str, near))} or an image size that is a multiple of '
-                         f'{patch_size}')
+                         f'use {", ".join(choices)}')
     return height // patch_size, width // patch_size
 
 
 def positions(vit, grid):
-    """Position codes of the tokens before the patches (1 r d or 0) and of the patches (1 n d)."""
+    """Position codes of the tokens before the patches (1 r d or 0) and of the patches (1 n d).
+
+    A computed table is computed for the new grid; a learned one can only be interpolated.
+    """
     table = vit.pos_embed
-    base_grid = getattr(vit.patch_embed, 'grid_size', None)
-    n = base_grid[0] * base_grid[1] if base_grid else table.shape[1] - 1
-    base_grid = base_grid or (math.isqrt(n), math.isqrt(n))
+    side = math.isqrt(table.shape[1] - 1)
+    base_grid = getattr(vit.patch_embed, 'grid_size', None) or (side, side)
+    n = math.prod(base_grid)
+    pos = table[:, -n:]
     prefix_pos = table[:, :-n] if table.shape[1] > n else 0       # timm's no_embed_class has none
-    if isinstance(vit, ViT) and vit.config['pos_embed'] == 'sincos' and grid != base_grid:
-        return prefix_pos, table_on(*grid, vit.embed_dim, base_grid, table.device, table.dtype)
-    return prefix_pos, resize_pos_embed(table[:, -n:], base_grid, grid)
+    computed = isinstance(vit, ViT) and vit.config['pos_embed'] == 'sincos'
+    if computed and grid != base_grid:
+        pos = sincos_table(*grid, vit.embed_dim, base_grid, table.device)
+        return prefix_pos, pos.to(table.dtype)
+    return prefix_pos, resize_pos_embed(pos, base_grid, grid)
 
 
 UNSUPPORTED = dict(
@@ -110,8 +122,7 @@ UNSUPPORTED = dict(
 def check_supported(vit):
     """Refuses, by its name, what the tokens above would leave out in silence."""
     found = [what for name, what in UNSUPPORTED.items() if getattr(vit, name, None) is not None]
-    if any(re.search('rel_pos|relative_position', name) for name, _ in
-           [*vit.named_modules(), *vit.named_parameters()]):
+    if re.search('rel_pos|relative_position', ' '.join(vit.state_dict())):
         found.append('relative positions')
     proj = getattr(getattr(vit, 'patch_embed', None), 'proj', None)
     if not isinstance(proj, nn.Conv2d) or hasattr(vit.patch_embed, 'backbone'):
@@ -129,30 +140,29 @@ def check_supported(vit):
 
 # ---------------------------------------------------------------- ours
 
-def sincos_table(h, w, dim, base_grid=None):
+@cache
+def sincos_table(h, w, dim, base_grid=None, device='cpu'):
     """MoCo-v3's fixed table (1 h*w dim): [sin(i f), cos(i f), sin(j f), cos(j f)], row i, column j.
 
     With base_grid (H, W) the table is evaluated at this grid's patch centres in units of the base
     grid, i = (row + 0.5) H / h - 0.5: a place in the image has the same code at every patch size.
+    A table is made once, and on the CPU, so that a GPU has the same bits.
     """
     base_h, base_w = base_grid or (h, w)
-    frequencies = 1.0 / 10000 ** (torch.arange(dim // 4) / (dim // 4))
-    rows = (torch.arange(h) + 0.5) * (base_h / h) - 0.5
-    cols = (torch.arange(w) + 0.5) * (base_w / w) - 0.5
-    row_angles = repeat(torch.outer(rows, frequencies), 'h f -> (h w) f', w=w)
-    col_angles = repeat(torch.outer(cols, frequencies), 'w f -> (h w) f', h=h)
-    waves = [row_angles.sin(), row_angles.cos(), col_angles.sin(), col_angles.cos()]
-    return torch.cat(waves, dim=1)[None]
-
-
-@lru_cache(maxsize=None)
-def table_on(h, w, dim, base_grid, device, dtype):
-    """sincos_table on a device: made once, and on the CPU, so that a GPU has the same bits."""
     with torch.inference_mode(False), torch.device('cpu'):
-        return sincos_table(h, w, dim, base_grid).to(device, dtype)
+        frequencies = 1.0 / 10000 ** (torch.arange(dim // 4) / (dim // 4))
+        rows = (torch.arange(h) + 0.5) * (base_h / h) - 0.5
+        cols = (torch.arange(w) + 0.5) * (base_w / w) - 0.5
+        places = torch.cartesian_prod(rows, cols)                             # (h w) 2
+        angles = places[:, :, None] * frequencies                             # (h w) 2 f
+        waves = torch.stack([angles.sin(), angles.cos()], dim=2)              # (h w) 2 2 f
+        table = waves.flatten(1)[None]
+        return table.to(device)
 
 
 class Attention(nn.Module):
+    """Every token reads from all tokens, in each head with weights of its own."""
+
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
@@ -163,39 +173,29 @@ class Attention(nn.Module):
         qkv = self.qkv(x)                                                     # b n (3 a e)
         q, k, v = rearrange(qkv, 'b n (three a e) -> three b a n e', three=3, a=self.num_heads)
         x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(x, 'b a n e -> b n (a e)'))
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        x = rearrange(x, 'b a n e -> b n (a e)')
+        return self.proj(x)
 
 
 class Block(nn.Module):
+    """Attention moves information between tokens, the MLP works on each alone. Both read the
+    normalized x and add to x itself (pre-norm), which keeps a deep network trainable."""
+
     def __init__(self, dim, num_heads, mlp_ratio):
         super().__init__()
+        hidden = int(dim * mlp_ratio)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, hidden),
+            act=nn.GELU(),
+            fc2=nn.Linear(hidden, dim),
+        ))
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
-
-class PatchEmbed(nn.Module):
-    """The one trained kernel (d c p p) under its name in timm; forward_features applies it."""
-
-    def __init__(self, grid_size, patch_size, in_chans, embed_dim):
-        super().__init__()
-        self.grid_size = grid_size
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
 
 
 class ViT(nn.Module):
@@ -209,10 +209,17 @@ class ViT(nn.Module):
                  depth=12, num_heads=6, mlp_ratio=4.0, pos_embed='sincos',
                  freeze_patch_embed=False):
         super().__init__()
-        self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans,
-                           embed_dim=embed_dim, depth=depth, num_heads=num_heads,
-                           mlp_ratio=mlp_ratio, pos_embed=pos_embed,
-                           freeze_patch_embed=freeze_patch_embed)
+        self.config = dict(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            pos_embed=pos_embed,
+            freeze_patch_embed=freeze_patch_embed,
+        )
         if embed_dim % num_heads or embed_dim % 4:
             raise ValueError(f'width {embed_dim} must be a multiple of 4, for sin-cos positions, '
                              f'and of the {num_heads} heads')
@@ -220,11 +227,14 @@ class ViT(nn.Module):
             raise ValueError(f"position embedding '{pos_embed}' is not one of sincos, learned")
         self.patch_size = patch_size
         self.embed_dim = embed_dim
-        grid = grid_of(torch.empty(0, 0, img_size, img_size), patch_size)
+        grid = grid_of(img_size, img_size, patch_size)
 
-        self.patch_embed = PatchEmbed(grid, patch_size, in_chans, embed_dim)
+        # the one trained kernel (d c p p) under its name in timm; forward_features applies it
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        self.patch_embed.grid_size = grid
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        table = torch.zeros(1, 1 + grid[0] * grid[1], embed_dim)
+        table = torch.zeros(1, 1 + math.prod(grid), embed_dim)
         self.pos_embed = nn.Parameter(table, requires_grad=pos_embed == 'learned')
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
@@ -235,21 +245,20 @@ class ViT(nn.Module):
     def init_weights(self):
         """MoCo-v3's: Xavier, with the fused qkv and the patch kernel taken as linear maps."""
         d = self.embed_dim
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                # q, k and v are three maps d -> d; Xavier on the fused matrix is too narrow
-                fan_in_out = 2 * d if name.endswith('qkv') else sum(module.weight.shape)
-                bound = math.sqrt(6 / fan_in_out)
-                module.weight.uniform_(-bound, bound)
-                module.bias.zero_()
-        proj = self.patch_embed.proj
-        bound = math.sqrt(6 / (proj.weight[0].numel() + d))
-        proj.weight.uniform_(-bound, bound)
-        proj.bias.zero_()
+        layers = [*self.blocks.named_modules(), ('proj', self.patch_embed.proj)]
+        for name, layer in layers:
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                fan_out, fan_in = layer.weight.flatten(1).shape
+                if name.endswith('qkv'):
+                    # q, k and v are three maps d -> d; Xavier on the fused matrix is too narrow
+                    fan_out = d
+                bound = math.sqrt(6 / (fan_in + fan_out))
+                layer.weight.uniform_(-bound, bound)
+                layer.bias.zero_()
         self.cls_token.normal_(std=1e-6)
         if self.config['pos_embed'] == 'sincos':
-            # the class token's row stays zero
-            self.pos_embed[:, 1:] = sincos_table(*self.patch_embed.grid_size, d)
+            h, w = self.patch_embed.grid_size
+            self.pos_embed[:, 1:] = sincos_table(h, w, d)           # the class token's stays zero
         else:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
@@ -264,22 +273,12 @@ class ViT(nn.Module):
 
 SIZES = dict(
     vit_tiny=dict(embed_dim=192, depth=12, num_heads=3),
-    vit_small=dict(embed_dim=384, depth=12, num_heads=6),  # as DINO and timm; MoCo-v3 has 12 heads
+    vit_small=dict(embed_dim=384, depth=12, num_heads=6),           # heads as in DINO and timm
     vit_base=dict(embed_dim=768, depth=12, num_heads=12),
 )
-
-
-def vit_tiny(**sizes):
-    return ViT(**{**SIZES['vit_tiny'], **sizes})
-
-
-def vit_small(**sizes):
-    """6 heads as DINO and timm have it; MoCo-v3's ViT-S is vit_small(num_heads=12)."""
-    return ViT(**{**SIZES['vit_small'], **sizes})
-
-
-def vit_base(**sizes):
-    return ViT(**{**SIZES['vit_base'], **sizes})
+vit_tiny = partial(ViT, **SIZES['vit_tiny'])
+vit_small = partial(ViT, **SIZES['vit_small'])         # MoCo-v3's ViT-S: vit_small(num_heads=12)
+vit_base = partial(ViT, **SIZES['vit_base'])
 
 
 # ---------------------------------------------------------------- weights of others
@@ -292,10 +291,8 @@ LAYOUTS = dict(
     timm_ema=('state_dict_ema', ''),
     timm=('state_dict', ''),
     ours_mae_or_deit=('model', ''),
-    bare=(None, ''),
 )
 NOT_ENCODER = ('head', 'fc_norm', 'decoder', 'mask_token')       # what follows it, or stands beside
-HEADS = {1280: 16}                      # of ViT-H; elsewhere a head is 64 wide
 
 
 def read(path):
@@ -324,63 +321,63 @@ def load_backbone(path, num_heads=None):
     if not isinstance(saved, dict):
         raise ValueError(f'{path} holds a {type(saved).__name__}, not a dictionary of tensors')
     for layout, (key, prefix) in LAYOUTS.items():
-        tensors = saved if key is None else saved.get(key)
+        tensors = saved.get(key, saved)             # a file may hold the tensors alone
         if prefix + 'patch_embed.proj.weight' in (tensors or ()):
             break
     else:
         raise ValueError(f'{path} holds no ViT with the names of timm, MoCo-v3, DINO, DeiT or MAE '
                          f'({", ".join(map(str, list(saved)[:4]))} ...)')
-    tensors = {name.removeprefix(prefix): value for name, value in tensors.items()
-               if name.startswith(prefix)}
-    tensors = {name: value for name, value in tensors.items() if not name.startswith(NOT_ENCODER)}
-    config = saved.get('config') or config_of(tensors, num_heads, layout)
-    encoder = ViT(**config)
+    weights = {}
+    for name, tensor in tensors.items():
+        own_name = name.removeprefix(prefix)
+        if name.startswith(prefix) and not own_name.startswith(NOT_ENCODER):
+            weights[own_name] = tensor
     try:
-        encoder.load_state_dict(tensors)            # strict: half an encoder would get a score, too
-    except RuntimeError as error:
+        config = saved.get('config') or config_of(weights, num_heads, layout)
+        encoder = ViT(**config)
+        encoder.load_state_dict(weights)            # strict: half an encoder would get a score, too
+    except (KeyError, RuntimeError) as error:
         raise ValueError(f'{path} holds no whole ViT: {error}') from None
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise ValueError(f'{path}: weights are not finite; take an earlier checkpoint')
     info = {name: saved[name] for name in ('mean', 'std', 'dataset', 'transform') if name in saved}
     return encoder, info
 
 
-def config_of(tensors, num_heads=None, layout=None):
-    """The arguments of the ViT that the tensors belong to, from their shapes."""
-    embed_dim, in_chans, patch_size, _ = tensors['patch_embed.proj.weight'].shape
-    grid = math.isqrt(tensors['pos_embed'].shape[1] - 1)
-    blocks = {int(name.split('.')[1]) for name in tensors if re.match(r'blocks\.\d+\.', name)}
+def config_of(weights, num_heads, layout):
+    """The arguments of the ViT that the weights belong to, from their shapes."""
+    embed_dim, in_chans, patch_size, _ = weights['patch_embed.proj.weight'].shape
+    pos = weights['pos_embed'][:, 1:].float()
+    grid = math.isqrt(pos.shape[1])
     # at other patch sizes MoCo-v3's fixed table is computed anew, a learned one interpolated
     table = sincos_table(grid, grid, embed_dim)
-    pos = tensors['pos_embed'][:, 1:].float()
     sincos = pos.shape == table.shape and torch.allclose(pos, table, atol=5e-3)
-    head_width = 32 if layout == 'moco_v3' and embed_dim == 384 else 64
-    return dict(img_size=grid * patch_size, patch_size=patch_size, in_chans=in_chans,
-                embed_dim=embed_dim, depth=len(blocks),
-                num_heads=num_heads or HEADS.get(embed_dim, embed_dim // head_width or 1),
-                mlp_ratio=len(tensors['blocks.0.mlp.fc1.bias']) / embed_dim,
-                pos_embed='sincos' if sincos else 'learned')
+    heads = max(1, embed_dim // 64)
+    if embed_dim == 1280:                                           # ViT-H
+        heads = 16
+    if layout == 'moco_v3' and embed_dim == 384:
+        heads = 12
+    return dict(
+        img_size=grid * patch_size,
+        patch_size=patch_size,
+        in_chans=in_chans,
+        embed_dim=embed_dim,
+        depth=sum(name.endswith('norm1.weight') for name in weights),
+        num_heads=num_heads or heads,
+        mlp_ratio=len(weights['blocks.0.mlp.fc1.bias']) / embed_dim,
+        pos_embed='sincos' if sincos else 'learned',
+    )
 
 
 def self_check():
     torch.manual_seed(0)
     vit = ViT(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=2)
-    images = torch.randn(4, 3, 32, 32)
-    reference = vit.patch_embed.proj(images).flatten(2).transpose(1, 2)       # b n d
-    x = torch.cat([vit.cls_token.expand(4, 1, 64), reference], dim=1) + vit.pos_embed
-    for block in vit.blocks:
-        x = block(x)
-    error = (vit.norm(x) - vit.forward_tokens(images)).abs().max().item()
-    print(f'uncompressed: as with a convolution, to {error:.1e}')
-    assert error < 1e-5
-
-    small = torch.randn(4, 3, 16, 16)
-    # enlarged patch by patch, as a patch of 8 px sees it
-    large = rearrange(small, 'b c (h p) (w q) -> (b h w) c p q', p=4, q=4)
-    large = F.interpolate(large, (8, 8), mode='bilinear')
-    large = rearrange(large, '(b h w) c p q -> b c (h p) (w q)', b=4, h=4)
-    error = (vit(large, patch_size=8) - vit(small)).abs().max().item()
-    print(f'patches of 8 px of enlarged pictures: as the small pictures, to {error:.1e}')
+    colours = torch.randn(4, 3, 4, 4)                      # one for each patch
+    small = F.interpolate(colours, 16)
+    large = F.interpolate(colours, 32)
+    difference = vit(large, patch_size=8) - vit(small)
+    error = difference.abs().max()
+    print(f'a picture in flat patches of 8 px has the features of one in 4 px, to {error:.1e}')
     assert error < 1e-5
     print('vit.py: all claims hold')
 

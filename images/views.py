@@ -32,7 +32,7 @@ operations have the shape b 1 1 1: one value per image, the same for all its pix
 import hashlib
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,8 @@ class Augmentation:
     patches: tuple = (1, 1)               # (q, p): each q x q patch as its p x p picture
 
     def __post_init__(self):
-        if not 0 < self.scale[0] <= self.scale[1] <= 1 or min(self.jitter) < 0:
+        smallest, largest = self.scale
+        if not 0 < smallest <= largest <= 1 or min(self.jitter) < 0:
             raise ValueError(f'crops of {self.scale} of the area and jitter of {self.jitter}: an '
                              f'area is above 0 and at most 1, a strength not below 0')
 
@@ -106,27 +107,26 @@ def recipe(method, side, local_crops=0):
     Below 64 px the crops are larger and nothing is blurred. This is our choice: 8 % of an image
     of 32 px is 9 x 9 pixels.
     """
-    if method == 'moco':  # MoCo-v3 main_moco.py, from BYOL: the two views differ
+    if method == 'moco':  # MoCo-v3 main_moco.py
         view = Augmentation(side)
-        views = [
-            replace(view, blur_p=1.0),
-            replace(view, blur_p=0.1, solarize_p=0.2),
-        ]
     elif method == 'simclr':  # SimCLR data_util.py, colour strength 1
         strong = (0.8, 0.8, 0.8, 0.2)
         view = Augmentation(side, interpolation='bicubic', jitter=strong, blur_p=0.5)
-        views = [view, view]
     elif method == 'dino':  # DINO main_dino.py; 0.14 is its README's, for runs without local crops
         smallest = 0.4 if local_crops else 0.14
         view = Augmentation(side, scale=(smallest, 1.0), interpolation='bicubic')
-        local = replace(view, side=round(side * 96 / 224), scale=(0.05, 0.4), blur_p=0.5)
+    else:
+        raise ValueError(f"method '{method}' is not one of moco, simclr, dino")
+    views = [view, view]
+    if method != 'simclr':  # from BYOL: the two views differ
         views = [
             replace(view, blur_p=1.0),
             replace(view, blur_p=0.1, solarize_p=0.2),
         ]
+    if method == 'dino':
+        local_side = round(side * 96 / 224)
+        local = replace(view, side=local_side, scale=(0.05, 0.4), blur_p=0.5)
         views += [local] * local_crops
-    else:
-        raise ValueError(f"method '{method}' is not one of moco, simclr, dino")
     if side < 64:
         views = [for_small_images(view) for view in views]
     return views
@@ -135,55 +135,46 @@ def recipe(method, side, local_crops=0):
 def for_small_images(view):
     larger = {0.05: 0.15, 0.08: 0.2, 0.14: 0.2, 0.4: 0.4}
     low, high = view.scale
-    scale = (larger[low], high)
-    return replace(view, scale=scale, blur_p=0.0)
+    return replace(view, scale=(larger[low], high), blur_p=0.0)
 
 
 # ---------------------------------------------------------------- crop, resize, flip
 
-def crop_boxes(b, h, w, scale, generator, ratio=(3 / 4, 4 / 3)):
+def crop_boxes(b, h, w, scale, generator):
     """The boxes of RandomResizedCrop: top, left, height, width, each (b) whole floats.
 
     scale: smallest and largest area as fractions of the image, numbers or (b 1). As in torchvision,
     the first of ten random areas and aspect ratios that fits is taken. If none fits, the box is
     central: the whole image, cut to the nearest ratio in range.
     """
-    narrow, wide = ratio
+    narrow = 3 / 4                                           # width / height
+    wide = 4 / 3
     tries = (b, 10)
     area = h * w * uniform(tries, *scale, generator)
     log_aspect = uniform(tries, math.log(narrow), math.log(wide), generator)
-    y, x = uniform((2, b), 0, 1, generator)
+    place = uniform((2, b), 0, 1, generator)                 # from top to bottom, left to right
 
+    # both axes at once: of an array (2 ...) the first is the vertical one
     aspect = log_aspect.exp()
-    widths = (area * aspect).sqrt().round()
-    heights = (area / aspect).sqrt().round()
-    fits_width = (widths >= 1) & (widths <= w)
-    fits_height = (heights >= 1) & (heights <= h)
-    fits = fits_width & fits_height
-
-    image = torch.arange(b)
+    sizes = torch.stack([area / aspect, area * aspect])      # 2 b 10
+    sizes = sizes.sqrt().round()
+    largest = torch.tensor([h, w])[:, None, None]
+    fits = (sizes >= 1) & (sizes <= largest)
+    fits = fits.all(dim=0)
     first = fits.float().argmax(dim=1)
     found = fits.any(dim=1)
-    central_height = min(h, round(w / narrow))
-    central_width = min(w, round(h * wide))
-    height = torch.where(found, heights[image, first], central_height)
-    width = torch.where(found, widths[image, first], central_width)
+    size = sizes[:, torch.arange(b), first]                  # 2 b
+    central = [min(h, round(w / narrow)), min(w, round(h * wide))]
+    size = torch.where(found, size, torch.tensor(central)[:, None])
 
     # anywhere in the image, both borders included; the central box is in the middle
-    room_y = h - height
-    room_x = w - width
-    top = torch.where(found, y * (room_y + 1), room_y / 2)
-    left = torch.where(found, x * (room_x + 1), room_x / 2)
-    return top.floor(), left.floor(), height, width
-
-
-def linear_filter(x):
-    """The weight at a distance of x >= 0 input or output pixels, whichever are larger."""
-    return (1 - x).clamp(min=0)
+    room = largest[:, 0] - size
+    corner = torch.where(found, place * (room + 1), room / 2)
+    return *corner.floor(), *size
 
 
 def cubic_filter(x):
-    """The same for bicubic, a = -0.5 as in PIL: two cubics meet at 1, the second ends in 0 at 2."""
+    """Bicubic weights at x >= 0, a = -0.5 as in PIL: two cubics meet at 1, the second ends at 2."""
     x = x.clamp(max=2)
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
@@ -200,27 +191,29 @@ def filter_matrix(start, length, size_in, size_out, interpolation):
     start = start[:, None]
     length = length[:, None]
     step = length / size_out                                 # input pixels per output pixel
-    reach = step.clamp(min=1)
+    reach = step.clamp(min=1)                                # distances are in units of these
     centers = torch.arange(size_out, device=device) + 0.5
     centers = (start + step * centers) / reach               # b size_out
     pixels = torch.arange(size_in, device=device) + 0.5
     inside = (pixels > start) & (pixels < start + length)
     pixels = torch.where(inside, pixels / reach, math.inf)   # b size_in; those outside weigh 0
-    x = (pixels[:, None, :] - centers[:, :, None]).abs()     # b size_out size_in
+    distance = pixels[:, None, :] - centers[:, :, None]      # b size_out size_in
+    x = distance.abs()
     if interpolation == 'bilinear':
-        weights = linear_filter(x)
+        weights = (1 - x).clamp(min=0)
     else:
         weights = cubic_filter(x)
     return weights / weights.sum(dim=2, keepdim=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def shrink_matrix(large, small):
     """S (small large) in float32: the least-squares picture of an axis of a patch."""
     with torch.inference_mode(False):
         pixels = torch.eye(small, dtype=torch.float64)[:, None]
-        enlarged = F.interpolate(pixels, large, mode='linear')[:, 0].T       # large small
-        return torch.linalg.pinv(enlarged).float()
+        enlarged = F.interpolate(pixels, large, mode='linear')
+        matrix = enlarged[:, 0].T                                             # large small
+        return torch.linalg.pinv(matrix).float()
 
 
 def shrink(weights, patches):
@@ -240,8 +233,8 @@ def separable(images, rows, cols):
 def crop_and_flip(images, view, draws):
     """The drawn boxes of float images, resized to the view's side, half of them mirrored."""
     h, w = images.shape[2:]
-    names = ('top', 'left', 'height', 'width', 'flip')
-    top, left, height, width, flip = onto(images, *(draws[name] for name in names))
+    box, flip = onto(images, draws['box'], draws['flip'])
+    top, left, height, width = box.unbind(dim=1)
     rows = filter_matrix(top, height, h, view.side, view.interpolation)
     cols = filter_matrix(left, width, w, view.side, view.interpolation)
     cols = torch.where(flip, cols.flip(1), cols)
@@ -260,25 +253,23 @@ def to_float(images):
 def resize(images, side):
     """Whole images, antialiased bicubic: uint8 or float in [0, 1] -> float32 (b c side side)."""
     images = to_float(images)
-    size = (side, side)
-    if images.shape[2:] == size:
+    if images.shape[2:] == (side, side):
         return images
-    images = F.interpolate(images, size, mode='bicubic', antialias=True)
+    images = F.interpolate(images, side, mode='bicubic', antialias=True)
     return images.clamp(0, 1)
 
 
 def normalize(images, mean, std):
     """(images - mean) / std, with one mean and one std for each channel."""
-    mean = by_channel(tuple(mean), images.device)
-    std = by_channel(tuple(std), images.device)
+    mean, std = by_channel(tuple(mean), tuple(std), images.device)
     return (images - mean) / std
 
 
-@lru_cache(maxsize=None)
-def by_channel(values, device):
-    """(c 1 1), made once: a GPU is waited for when numbers are copied to it."""
+@cache
+def by_channel(mean, std, device):
+    """(2 c 1 1), made once: a GPU is waited for when numbers are copied to it."""
     with torch.inference_mode(False):
-        return torch.tensor(values, device=device)[:, None, None]
+        return torch.tensor([mean, std], device=device)[:, :, None, None]
 
 
 # ---------------------------------------------------------------- colour
@@ -294,11 +285,10 @@ def luminance(images):
 def blend(images, operation, factor):
     """f image + (1 - f) reference. The operation is 0 brightness, 1 contrast or 2 saturation."""
     operation, factor = onto(images, operation, factor)
-    is_contrast = (operation == 1).float()
-    is_saturation = (operation == 2).float()
     light = luminance(images)
     mean = light.mean(dim=(2, 3), keepdim=True)
-    reference = is_contrast * mean + is_saturation * light   # 0, which is black, for brightness
+    reference = torch.where(operation == 1, mean, light)
+    reference = torch.where(operation == 0, 0.0, reference)   # brightness: black
     return torch.lerp(reference, images, factor).clamp(0, 1)
 
 
@@ -307,8 +297,7 @@ def turn_hue(images, turns):
     if images.shape[1] == 1:
         return images
     red, green, blue = images.split(1, dim=1)                # b 1 h w each
-    low = images.amin(dim=1, keepdim=True)
-    high = images.amax(dim=1, keepdim=True)
+    low, high = images.aminmax(dim=1, keepdim=True)
     chroma = high - low
     span = chroma.clamp(min=1e-8)                            # grey pixels: do not divide by 0
 
@@ -317,26 +306,24 @@ def turn_hue(images, turns):
     near_blue = 4 + (red - green) / span
     hue = torch.where(high == green, near_green, near_blue)
     hue = torch.where(high == red, (green - blue) / span, hue)
-    circle = hue / 6 + onto(images, turns)[0]
+    turns, = onto(images, turns)
+    circle = hue / 6 + turns
     hue = 6 * (circle - circle.floor())
 
     # back to RGB: a channel is full (1) near its own hue and empty (0) opposite to it
     red = (hue - 3).abs() - 1
     green = 2 - (hue - 2).abs()
     blue = 2 - (hue - 4).abs()
-    full = torch.cat([red, green, blue], dim=1).clamp(0, 1)
-    return low + chroma * full
+    full = torch.cat([red, green, blue], dim=1)
+    return low + chroma * full.clamp(0, 1)
 
 
 def color_jitter(images, operations, factors, hue_place, turns):
     """Brightness, contrast, saturation and hue. Each image has its own order of the four."""
-    for place in range(4):
+    for place in range(3):
         images = apply_where(hue_place == place, turn_hue, images, turns)
-        if place < 3:
-            operation = operations[:, place]
-            factor = factors[:, place]
-            images = blend(images, operation, factor)
-    return images
+        images = blend(images, operations[:, place], factors[:, place])
+    return apply_where(hue_place == 3, turn_hue, images, turns)
 
 
 def grayscale(images):
@@ -353,7 +340,8 @@ def blur_matrix(sigma, size):
 
 
 def blur(images, sigma):
-    matrix = blur_matrix(onto(images, sigma)[0][:, 0], images.shape[3])
+    sigma, = onto(images, sigma)
+    matrix = blur_matrix(sigma[:, 0], images.shape[3])
     return separable(images, matrix, matrix)
 
 
@@ -374,15 +362,8 @@ def apply_where(chosen, function, images, *parameters):
 
 def recolor(images, draws):
     """Jitter, grayscale, blur and solarization, in this order."""
-    images = apply_where(
-        draws['jitter'],
-        color_jitter,
-        images,
-        draws['operations'],
-        draws['factors'],
-        draws['hue_place'],
-        draws['turns'],
-    )
+    jitter = [draws[name] for name in ('operations', 'factors', 'hue_place', 'turns')]
+    images = apply_where(draws['jitter'], color_jitter, images, *jitter)
     images = apply_where(draws['gray'], grayscale, images)
     images = apply_where(draws['blur'], blur, images, draws['sigma'])
     return apply_where(draws['solarize'], solarize, images)
@@ -403,23 +384,19 @@ def draw(b, h, w, view, generator):
         return uniform((b, 1, 1, 1), low, high, generator)
 
     def factor(strength):
-        lowest = max(0, 1 - strength)
-        return draws(lowest, 1 + strength)
+        return draws(max(0, 1 - strength), 1 + strength)
 
-    top, left, height, width = crop_boxes(b, h, w, view.scale, generator)
+    box = crop_boxes(b, h, w, view.scale, generator)
     flip = uniform((b, 1, 1), 0, 1, generator) < 0.5
-    brightness, contrast, saturation, hue = view.jitter
-    factors = [factor(brightness), factor(contrast), factor(saturation)]
+    *blends, hue = view.jitter                               # brightness, contrast, saturation
+    factors = [factor(strength) for strength in blends]
     factors = torch.stack(factors, dim=1)                    # b 3 1 1 1
 
     # a random order of four: the first three are shuffled, the hue is put in at a random place
     order = [draws(), draws(), draws()]
     operations = torch.stack(order, dim=1).argsort(dim=1)
     return dict(
-        top=top,
-        left=left,
-        height=height,
-        width=width,
+        box=torch.stack(box, dim=1),                         # b 4
         flip=flip,
         jitter=draws() < view.jitter_p,
         operations=operations,
@@ -443,9 +420,8 @@ def make_view(images, view, generator=None, cropped=False):
     check_images(images)
     b, _, h, w = images.shape
     draws = draw(b, h, w, view, generator)
-    at_once = b
-    if images.device.type == 'cpu':
-        at_once = max(1, PIXELS_AT_ONCE // view.rendered ** 2)
+    on_cpu = images.device.type == 'cpu'
+    at_once = max(1, PIXELS_AT_ONCE // view.rendered ** 2) if on_cpu else b
     parts = []
     for start in range(0, b, at_once):
         part = slice(start, start + at_once)
@@ -485,23 +461,13 @@ def make_views(images, views, generator=None):
 
 def self_check():
     images = torch.rand(256, 3, 32, 32)
-    kind = recipe('moco', 32)[0]
-    plain = replace(kind, jitter_p=0, gray_p=0)
-    large = make_view(images, plain, keyed_generator(0))
-    small = make_view(images, plain.at(32, patches=(8, 4)), keyed_generator(0))
-    patch = large.unflatten(3, (4, 8)).unflatten(2, (4, 8)).permute(0, 1, 2, 4, 3, 5)
-    matrix = shrink_matrix(8, 4)
-    wanted = matrix @ patch @ matrix.T
-    wanted = wanted.permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(2, 3)
-    error = (small - wanted).abs().max().item()
+    kind = Augmentation(32, jitter_p=0, gray_p=0)
+    large = make_view(images, kind, keyed_generator(0))
+    small = make_view(images, kind.at(32, patches=(8, 4)), keyed_generator(0))
+    axis = torch.block_diag(*[shrink_matrix(8, 4)] * 4)                       # 16 32
+    error = (small - axis @ large @ axis.T).abs().max()
     print(f'patches of 8 px rendered at 4 x 4: their least-squares picture, to {error:.1e}')
     assert error < 1e-5
-
-    means = [make_view(images, kind.at(side), keyed_generator(0)).mean(dim=(1, 2, 3))
-             for side in (24, 32)]
-    error = (means[0] - means[1]).abs().mean().item()
-    print(f'the same seed at 24 and 32 px: mean brightness differs by {error:.3f}')
-    assert error < 0.02
     print('views.py: all claims hold')
 
 

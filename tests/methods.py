@@ -1,4 +1,6 @@
-"""Small MoCo, SimCLR and DINO; one step of each in one process or in several; shrunk images."""
+"""Small MoCo, SimCLR and DINO; one step of each in one process or in several; shrunk images;
+what is refused."""
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -9,13 +11,9 @@ from losses import DINO, MoCo, SimCLR
 from vit import ViT
 
 METHODS = ('moco', 'simclr', 'dino')
+each_method = pytest.mark.parametrize('name', METHODS)
 SIZES = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
-STEPS = {
-    'moco': dict(),
-    'moco, both directions': dict(symmetric=True),
-    'simclr': dict(),
-    'dino': dict(),
-}
+STEPS = {name: {} for name in METHODS} | {'moco, both directions': dict(symmetric=True)}
 
 
 def build(name, encoder=None, **options):
@@ -44,15 +42,21 @@ def shrunk(images, large, small):
                      h=height // large)
 
 
+def refused(function, cases):
+    """Each case (argument, message) raises this ValueError."""
+    for argument, message in cases:
+        with pytest.raises(ValueError, match=message):
+            function(argument)
+
+
 # ---- in one process or in several
 
 def without_batch_norm(method):
     """LayerNorm in place of BatchNorm, whose statistics gloo cannot share between processes."""
-    for module in list(method.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm1d):
-                norm = nn.LayerNorm(child.num_features, elementwise_affine=False)
-                setattr(module, name, norm)
+    for name, module in list(method.named_modules()):
+        if isinstance(module, nn.BatchNorm1d):
+            norm = nn.LayerNorm(module.num_features, elementwise_affine=False)
+            method.set_submodule(name, norm)
     return method
 
 
@@ -70,12 +74,10 @@ def one_step(title, rank=0, world=1):
     loss.backward()
     method.update_teacher(0.9)
     gradients = [p.grad.flatten() for p in method.parameters() if p.grad is not None]
-    means = [loss.detach(), torch.cat(gradients)]
+    mean = torch.cat([loss.detach()[None], *gradients]) / world
     if world > 1:
-        for value in means:
-            dist.all_reduce(value)
-    center = getattr(method, 'center', torch.zeros(1))
-    return means[0] / world, means[1] / world, center
+        dist.all_reduce(mean)
+    return mean[0], mean[1:], getattr(method, 'center', mean[:1])
 
 
 def worker(rank, world, folder):

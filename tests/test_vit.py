@@ -1,14 +1,14 @@
 """vit.py against timm, MoCo-v3's formulas, and files in the layouts of others."""
-import copy
 import math
 import os
+from functools import partial
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
 from conftest import error
-from methods import shrunk
+from methods import refused, shrunk
 from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models import VisionTransformer
 
@@ -27,84 +27,63 @@ def normal(model):
 
 # ---------------------------------------------------------------- any ViT of timm's
 
-NAMED = {
-    'DeiT': 'deit_tiny_patch16_224',
-    'DeiT III': 'deit3_small_patch16_224',                    # no_embed_class, LayerScale
-    'FlexiViT': 'flexivit_small',                             # no_embed_class
-    'DINO': 'vit_small_patch16_224.dino',
-    'MAE': 'vit_base_patch16_224.mae',
-    'DINOv2': 'vit_small_patch14_dinov2',
-    'DINOv2 with registers': 'vit_small_patch14_reg4_dinov2',
-    'CLIP': 'vit_base_patch32_clip_224',                      # norm_pre, no bias in the projection
-    'BEiT-3': 'beit3_base_patch16_224',
-}
-PLAIN = {
-    'ViT': dict(),
+ARCHITECTURES = {
+    'ViT': {},
     'registers with positions': dict(reg_tokens=2),
     'norms everywhere': dict(qk_norm=True, embed_norm_layer=nn.LayerNorm, pre_norm=True),
-    'mean of tokens': dict(global_pool='avg', init_values=0.1),
+    'deit3_small_patch16_224': {},                            # no_embed_class, LayerScale
+    'vit_small_patch14_reg4_dinov2': {},
+    'vit_base_patch32_clip_224': {},                          # no bias in the projection
 }
 
 
-def of_timm(architecture):
+def of_timm(name):
     """Two narrow blocks, and an image that is no square."""
-    sizes = dict(SMALL, img_size=(24, 32), num_classes=0)
-    if architecture in PLAIN:
-        return normal(VisionTransformer(**sizes, **PLAIN[architecture]))
-    return normal(timm.create_model(NAMED[architecture], **sizes))
+    build = partial(timm.create_model, name) if '_' in name else VisionTransformer
+    return normal(build(img_size=(24, 32), num_classes=0, **SMALL, **ARCHITECTURES[name]))
 
 
-class Keep(nn.Module):
-    """In the place of timm's random PatchDropout."""
-
-    def __init__(self, ids, prefix):
-        super().__init__()
-        self.ids = ids
-        self.prefix = prefix
-
-    def forward(self, x):
-        ids = self.ids + self.prefix
-        return torch.stack([torch.cat([row[:self.prefix], row[i]]) for row, i in zip(x, ids)])
-
-
-@pytest.mark.parametrize('architecture', [*PLAIN, *NAMED])
-def test_compressed_tokens_are_timms_of_shrunk_images_less_the_dropped_ones(architecture):
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_compressed_tokens_are_timms_of_shrunk_images_less_the_dropped_ones(name):
     """6 x 10 patches of 8 px, where timm sees 4 px, its positions on that grid. Measured: 2e-6.
 
     Uncompressed ones are timm's as they are. Measured: 8e-7.
     """
-    model = of_timm(architecture)
+    model = of_timm(name)
     images = torch.randn(2, 3, 24, 32)
     assert error(forward_features(model, images), model.forward_features(images)) < 3e-6
     images = torch.randn(2, 3, 48, 80)
-    with torch.no_grad():
-        ours = forward_features(model, images, 8, 0.5, torch.Generator().manual_seed(3))
-        theirs = copy.deepcopy(model)
-        rows = model.pos_embed.shape[1] - 6 * 8
-        table = resample_abs_pos_embed(model.pos_embed, [6, 10], [6, 8], rows, antialias=False)
-        theirs.pos_embed = nn.Parameter(table)
-        theirs.patch_embed.strict_img_size = False
-        ids = random_keep(2, 60, 0.5, torch.Generator().manual_seed(3))
-        theirs.patch_drop = Keep(ids, model.num_prefix_tokens)
-        theirs = theirs.forward_features(shrunk(images, 8, 4).float())
-    assert error(ours, theirs) < 5e-6
+    ours = forward_features(model, images, 8, 0.5, torch.Generator().manual_seed(3))
+    ids = random_keep(2, 60, 0.5, torch.Generator().manual_seed(3))
+    prefix = model.num_prefix_tokens
+
+    def patch_drop(x):
+        kept = [tokens[i] for tokens, i in zip(x[:, prefix:], ids)]
+        return torch.cat([x[:, :prefix], torch.stack(kept)], dim=1)
+
+    del model.patch_drop                                      # a module
+    model.patch_drop = patch_drop
+    rows = model.pos_embed.shape[1] - 6 * 8
+    table = resample_abs_pos_embed(model.pos_embed, [6, 10], [6, 8], rows, antialias=False)
+    model.pos_embed = nn.Parameter(table)
+    model.patch_embed.strict_img_size = False
+    assert error(ours, model.forward_features(shrunk(images, 8, 4).float())) < 5e-6
 
 
-@pytest.mark.parametrize('name, what, options', [
-    ('deit_tiny_distilled_patch16_224', 'a distillation token', SMALL),
-    ('cait_xxs24_224', 'class attention', SMALL),
-    ('convit_tiny', 'a late class token', dict()),
-    ('eva02_tiny_patch14_224', 'rotary positions', SMALL),
-    ('beit_base_patch16_224', 'relative positions', SMALL),
-    ('swin_tiny_patch4_window7_224', 'windows or stages', dict(embed_dim=24, depths=(1, 1))),
-    ('resnet18', 'a hybrid stem', dict()),
-    ('vit_base_patch16_siglip_224', 'no class token', SMALL),
-    ('vit_tiny_patch16_224', 'no table of positions', dict(SMALL, pos_embed='none')),
-])
-def test_what_would_come_out_wrong_is_refused_by_name(name, what, options):
-    model = timm.create_model(name, num_classes=0, **options)
-    with pytest.raises(ValueError, match=f'^{type(model).__name__} has {what}; '):
-        forward_features(model, torch.randn(1, 3, 224, 224))
+def test_what_would_come_out_wrong_is_refused_by_name():
+    for name, what, options in (
+            ('deit_tiny_distilled_patch16_224', 'a distillation token', SMALL),
+            ('cait_xxs24_224', 'class attention', SMALL),
+            ('convit_tiny', 'a late class token', {}),
+            ('eva02_tiny_patch14_224', 'rotary positions', SMALL),
+            ('beit_base_patch16_224', 'relative positions', SMALL),
+            ('swin_tiny_patch4_window7_224', 'windows or stages', dict(embed_dim=24, depths=(1,))),
+            ('resnet18', 'a hybrid stem', {}),
+            ('vit_base_patch16_siglip_224', 'no class token', SMALL),
+            ('vit_tiny_patch16_224', 'no table of positions', dict(SMALL, pos_embed='none'))):
+        model = timm.create_model(name, **options)
+        with pytest.raises(ValueError, match=f'^{type(model).__name__} has {what}; '):
+            forward_features(model, torch.randn(1, 3, 224, 224))
 
 
 # ---------------------------------------------------------------- ours
@@ -112,14 +91,13 @@ def test_what_would_come_out_wrong_is_refused_by_name(name, what, options):
 def test_our_compressed_tokens_are_those_of_timm_with_our_weights():
     """timm gets our codes of 6 x 12 patches as its own. Measured: no difference."""
     ours = normal(ViT(img_size=48, **SMALL))
-    weights = dict(ours.state_dict(), pos_embed=torch.cat(positions(ours, (6, 12)), dim=1))
     theirs = VisionTransformer((24, 48), num_classes=0, **SMALL)
-    theirs.load_state_dict(weights)
+    pos = torch.cat(positions(ours, (6, 12)), dim=1)
+    theirs.load_state_dict(dict(ours.state_dict(), pos_embed=pos))
     images = torch.randn(2, 3, 48, 96)
-    tokens, reference = [forward_features(model, images, 8, 0.75, torch.Generator().manual_seed(3))
-                         for model in (ours, theirs)]
-    assert error(tokens, reference) < 1e-6
-    assert torch.equal(ours(images), ours.forward_tokens(images, 4)[:, 0])
+    tokens = [forward_features(model, images, 8, 0.75, torch.Generator().manual_seed(3))
+              for model in (ours, theirs)]
+    assert error(*tokens) < 1e-6
 
 
 def test_initialization_is_moco_v3s():
@@ -146,29 +124,21 @@ def test_the_code_of_a_place_does_not_depend_on_the_patch_size():
     assert error(middle.reshape(1, 196, 384), encoder.pos_embed[:, 1:]) < 1e-5
 
 
-def call(width=224, **compression):
-    ViT(depth=0).forward_tokens(torch.zeros(1, 3, 224, width), **compression)
-
-
-@pytest.mark.parametrize('function, arguments, message', [
-    (call, dict(patch_size=20), 'size 20 does not divide image size 224x224; use 14, 16, 28, 32'),
-    (ViT, dict(num_heads=5), 'width 384 must be a multiple of 4, .* the 5 heads'),
-    (ViT, dict(pos_embed='rope'), "'rope' is not one of sincos, learned"),
-])
-def test_arguments_out_of_range(function, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        function(**arguments)
+def test_arguments_out_of_range():
+    refused(lambda arguments: ViT(**arguments), [
+        (dict(patch_size=20), 'size 20 does not divide image size 224x224; use 14, 16, 28, 32'),
+        (dict(num_heads=5), 'width 384 must be a multiple of 4, .* the 5 heads'),
+        (dict(pos_embed='rope'), "'rope' is not one of sincos, learned")])
 
 
 # ---------------------------------------------------------------- files of ours and of others
 
-def model_of(width=128, heads=2):
-    model = VisionTransformer(32, 8, embed_dim=width, depth=1, num_heads=heads, num_classes=0)
-    return normal(model)
+def model_of(width):
+    return normal(VisionTransformer(32, 8, embed_dim=width, depth=1, num_heads=2, num_classes=0))
 
 
 torch.manual_seed(0)
-MODEL = model_of()
+MODEL = model_of(128)
 RIGHT = MODEL.state_dict()
 WRONG = {name: value + 1 for name, value in RIGHT.items()}
 HEAD = {'head.weight': torch.zeros(3, 128), 'head.bias': torch.zeros(3)}
@@ -195,23 +165,23 @@ FILES = {
 @pytest.fixture
 def loaded(tmp_path):
     """loaded(saved) is load_backbone of a file that holds this."""
-    def load(saved, **options):
+    def load(saved):
         torch.save(saved, tmp_path / 'a.pth')
-        return load_backbone(tmp_path / 'a.pth', **options)
+        return load_backbone(tmp_path / 'a.pth')
     return load
 
 
-@pytest.mark.parametrize('saved', FILES.values(), ids=FILES)
-def test_files_of_others_give_timms_features(saved, loaded):
-    encoder, info = loaded(saved)
+def test_files_of_others_give_timms_features(loaded):
     images = torch.randn(4, 3, 32, 32)
-    assert error(encoder(images), MODEL(images)) < 1e-5
-    assert info == {}
+    for author, saved in FILES.items():
+        encoder, info = loaded(saved)
+        assert error(encoder(images), MODEL(images)) < 1e-5, author
+        assert info == {}
 
 
 def test_our_file_gives_back_the_encoder_and_what_it_was_trained_on(loaded):
-    ours = ViT(img_size=28, patch_size=4, in_chans=1, embed_dim=32, depth=1, num_heads=2,
-               mlp_ratio=3.0, pos_embed='learned', freeze_patch_embed=True)
+    ours = ViT(28, 4, in_chans=1, embed_dim=32, depth=1, num_heads=2, mlp_ratio=3.0,
+               pos_embed='learned', freeze_patch_embed=True)
     info = dict(mean=(0.3,), std=(0.2,), dataset='fashion_mnist')
     encoder, found = loaded(dict(model=ours.state_dict(), config=ours.config, step=3, **info))
     assert found == info and encoder.config == ours.config
@@ -229,15 +199,14 @@ def test_number_of_heads_and_the_kind_of_positions(loaded):
         assert (config['num_heads'], config['pos_embed']) == expected
 
 
-@pytest.mark.parametrize('saved, message', [
-    (dict([*RIGHT.items()][:-1]), 'Missing key.*norm.bias'),
-    (RIGHT | {'blocks.0.ls1.gamma': torch.ones(128)}, 'Unexpected key.*ls1.gamma'),
-    (RIGHT | {'norm.bias': torch.full((128,), math.nan)}, 'a.pth: .* not finite'),
-    ({'conv1.weight': torch.zeros(4)}, r'a.pth holds no ViT .*\(conv1.weight'),
-])
-def test_weights_that_are_no_whole_vit_are_refused(saved, message, loaded):
-    with pytest.raises(ValueError, match=f'(?s){message}'):
-        loaded(saved)
+def test_weights_that_are_no_whole_vit_are_refused(loaded):
+    kernel = 'patch_embed.proj.weight'
+    refused(loaded, [
+        (dict([*RIGHT.items()][:-1]), '(?s)Missing key.*norm.bias'),
+        ({kernel: RIGHT[kernel]}, "a.pth holds no whole ViT: 'pos_embed'"),
+        (RIGHT | {'blocks.0.ls1.gamma': torch.ones(128)}, '(?s)Unexpected key.*ls1.gamma'),
+        (RIGHT | {'norm.bias': torch.full((128,), math.nan)}, 'a.pth: .* not finite'),
+        ({'conv1.weight': torch.zeros(4)}, r'a.pth holds no ViT .*\(conv1.weight')])
 
 
 def test_a_flipped_bit_is_found(loaded, tmp_path):
