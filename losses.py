@@ -103,9 +103,11 @@ def own_rows(x):
     return torch.arange(b, device=x.device) + rank() * b
 
 
-def check_views(a, b):
+def check_input(a, b, temperature):
     if a.shape != b.shape:
         raise ValueError(f'the two views have the shapes {tuple(a.shape)} and {tuple(b.shape)}')
+    if not temperature > 0:
+        raise ValueError(f'temperature {temperature} must be above 0')
 
 
 def info_nce(q, k, temperature=0.2):
@@ -115,7 +117,7 @@ def info_nce(q, k, temperature=0.2):
     MoCo-v3's: it keeps |grad| nearly independent of the temperature. Collapsed features give
     2T ln N, N the joined batch.
     """
-    check_views(q, k)
+    check_input(q, k, temperature)
     with torch.autocast(q.device.type, enabled=False):
         q = F.normalize(upcast(q))
         k = F.normalize(upcast(k.detach()))
@@ -128,7 +130,7 @@ def nt_xent(z1, z2, temperature=0.1):
 
     SimCLR's own code returns twice that. Collapsed features give ln(2N - 1).
     """
-    check_views(z1, z2)
+    check_input(z1, z2, temperature)
     with torch.autocast(z1.device.type, enabled=False):
         z = F.normalize(upcast(torch.cat([z1, z2])))                          # 2b d
         z1, z2 = z.chunk(2)

@@ -168,14 +168,9 @@ def solve(rows):
 
 # ---------------------------------------------------------------- command line
 
-def load_table(path, metric=None):
-    """Rows of a gradstats.jsonl in one metric, by default that of the first row."""
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    metric = metric or rows[0]['metric']
-    chosen = [row for row in rows if row['metric'] == metric]
-    if not chosen:
-        raise ValueError(f'no row has the {metric} metric')
-    return chosen
+def load_table(path):
+    """Rows of a gradstats.jsonl."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def print_table(rows, schedule):
@@ -196,10 +191,9 @@ def print_table(rows, schedule):
 def main():
     parser = argparse.ArgumentParser(description='gradient errors -> compression schedule')
     parser.add_argument('stats', help='gradstats.jsonl of a run of train.py --gradstats')
-    parser.add_argument('--metric', choices=('euclidean', 'adam'), help='if the table has several')
     args = parser.parse_args()
     try:
-        rows = load_table(args.stats, args.metric)
+        rows = load_table(args.stats)
         schedule = solve(rows)
     except (OSError, ValueError, LookupError) as error:
         sys.exit(f'schedule.py: error: {args.stats}: {error}')

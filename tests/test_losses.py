@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import error
 from lightly.loss import DINOLoss, NTXentLoss
 from lightly.models.modules import DINOProjectionHead, MoCoProjectionHead
-from methods import METHODS, SIZES, STEPS, build, each_method, one_step, views_of, worker
+from methods import METHODS, SIZES, STEPS, build, each_method, one_step, refused, views_of, worker
 from timm.models import VisionTransformer
 from torchvision.models import resnet18
 from torchvision.transforms.v2.functional import resize
@@ -60,6 +60,14 @@ def test_autocast_does_not_change_a_loss_and_keys_get_no_gradient():
         plain = loss(q, k)
         with torch.autocast('cpu', torch.bfloat16):
             assert torch.equal(loss(q, k), plain)
+
+
+def test_unequal_views_and_a_temperature_of_0_are_refused():
+    x = torch.randn(4, 8)
+    for loss in (info_nce, nt_xent):
+        refused(lambda arguments: loss(*arguments), [
+            ((x, x[:2]), 'the two views have the shapes .4, 8. and .2, 8.'),
+            ((x, x, 0.0), 'temperature 0.0 must be above 0')])
 
 
 # ---------------------------------------------------------------- heads and monitors
