@@ -275,7 +275,7 @@ for start, (name, stop, disk) in enumerate([
     try:
         train.main([*sys.argv[1:], '--resume', 'auto', '--name', name])
     except ValueError as error:
-        print('refused:', error, flush=True)
+        print(f'refused: {error}', flush=True)        # in one piece, beside the other process
     os.chdir(home)
 '''
 
