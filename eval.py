@@ -78,8 +78,20 @@ class Recipe:
 
 # From 64 px on: the numbers of DeiT's main.py, which MoCo-v3 uses (not run here). Below: ours, to
 # finish on a laptop; they were chosen on held-out training images.
-LARGE = Recipe(epochs=150, batch_size=1024, lr=5e-4, warmup=1 / 30, crop_scale=0.08, smoothing=0.1)
-SMALL = Recipe(epochs=5, batch_size=64, lr=1e-2, warmup=0.1, crop_scale=0.9, smoothing=0.0)
+LARGE = Recipe(
+    epochs=150,
+    batch_size=1024,
+    lr=5e-4,
+    warmup=1 / 30,
+    crop_scale=0.08,
+    smoothing=0.1)
+SMALL = Recipe(
+    epochs=5,
+    batch_size=64,
+    lr=1e-2,
+    warmup=0.1,
+    crop_scale=0.9,
+    smoothing=0.0)
 
 
 # ---------------------------------------------------------------- features
@@ -207,7 +219,8 @@ def linear_sweep(train, test, classes, device, epochs=50, seed=0):
     x = normalized(train[0])
     y = train[1].to(device)
     order = torch.randperm(len(y), generator=keyed_generator(seed, 'held out'))
-    held_out, kept = order.to(device).tensor_split([max(1, len(order) // 10)])
+    tenth = max(1, len(order) // 10)
+    held_out, kept = order.to(device).tensor_split([tenth])
     scores = {}
     weights = fit_linear(x[kept], y[kept], classes, RATES, epochs, seed)
     for rate, weight in zip(RATES, weights):

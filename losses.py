@@ -271,8 +271,10 @@ class Branches(nn.Module):
 def tiled(images, patch_size):
     """Views rendered for the uncompressed key (224 px), at the side that patches tile (30: 210)."""
     # rounded as compress.patches_per_side does it; to the same sides nothing changes
-    patches = [max(1, int(side / patch_size + 0.5)) for side in images.shape[2:]]
-    sides = [n * patch_size for n in patches]
+    sides = []
+    for side in images.shape[2:]:
+        patches = max(1, int(side / patch_size + 0.5))
+        sides.append(patches * patch_size)
     return F.interpolate(images, sides, mode='bilinear', antialias=True)
 
 
@@ -399,7 +401,9 @@ class DINO(Branches):
     def forward(self, views, patch_size=None, drop_rate=0.0, generator=None):
         strategy = (patch_size, drop_rate, generator)
         # one pass of the encoder for each resolution: no layer mixes samples
-        resolutions = [torch.cat(crops) for crops in (views[:2], views[2:]) if crops]
+        resolutions = [torch.cat(views[:2])]
+        if views[2:]:
+            resolutions.append(torch.cat(views[2:]))
         with torch.no_grad():
             features = self.encode(self.teacher, resolutions[0], 'key', *strategy)
             teacher = self.teacher_head(features)

@@ -250,7 +250,8 @@ def build_optimizer(method, args, device):
     groups = [dict(params=decayed, decays=True)]
     if plain:
         groups.append(dict(params=plain, decays=False))
-    return torch.optim.AdamW(groups, fused=device.type in ('cuda', 'cpu'))
+    fused = device.type in ('cuda', 'cpu')
+    return torch.optim.AdamW(groups, fused=fused)
 
 
 def build_schedule(args):
@@ -280,7 +281,8 @@ def augmentations(args, kinds, strategy):
     """The recipe at the resolution of a strategy; for an uncompressed key, at that of the key."""
     p = args.patch_size if args.patch_branch == 'query' else strategy.patch_size
     patches = (p, args.patch_size) if renders_small(args, strategy) else (1, 1)
-    return [kind.at(patches_per_side(kind.side, p) * p, patches) for kind in kinds]
+    sides = [patches_per_side(kind.side, p) * p for kind in kinds]
+    return [kind.at(side, patches) for kind, side in zip(kinds, sides)]
 
 
 def sample_cost(args, method, kinds, strategy):
@@ -416,7 +418,8 @@ def set_up(args, checkpoint=None):
                          f'with at least 2 images each')
     if run.rank:
         dist.barrier()                               # the first process may fetch the data
-    run.data = load(args.dataset, args.data_root, say if run.rank == 0 else lambda text: None)
+    speaks = say if run.rank == 0 else lambda text: None
+    run.data = load(args.dataset, args.data_root, speaks)
     if run.world > 1 and run.rank == 0:
         dist.barrier()
     run.data.say = say                               # each process names the files that it met
@@ -465,8 +468,13 @@ def set_up(args, checkpoint=None):
     if mean_over_ranks(step).item() != run.state.step:
         raise ValueError(f'process {run.rank} is at step {run.state.step}, another is not: to go '
                          f'on, the folder of the run must be on a disk that all processes share')
-    run.keys = batch_keys(len(run.data), args.batch_size, args.seed, run.state.step, run.rank,
-                          run.world)
+    run.keys = batch_keys(
+        len(run.data),
+        args.batch_size,
+        args.seed,
+        run.state.step,
+        run.rank,
+        run.world)
     run.folder = Path(args.resume) if checkpoint else new_folder(args)
     if run.rank == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -546,7 +554,8 @@ def set_curves(run, progress):
     args = run.args
     decay = dict(cosine=cosine, polynomial=polynomial)[args.lr_schedule]
     after_warmup = max(0, progress - args.warmup) / (1 - args.warmup)
-    lr = args.lr * args.batch_size / 256 * warmup(progress, args.warmup) * decay(after_warmup)
+    peak = args.lr * args.batch_size / 256
+    lr = peak * warmup(progress, args.warmup) * decay(after_warmup)
     weight_decay = ramp(*WEIGHT_DECAY[args.method], progress)
     for group in run.optimizer.param_groups:
         group['lr'] = lr
@@ -628,7 +637,13 @@ def log(run, loss, metrics, strategy, lr, momentum):
 def score(run):
     """Nearest neighbours among uncompressed features. The others wait for the main process."""
     args, data, state = run.args, run.data, run.state
-    setting = Setting(args.img_size, args.patch_size, data.mean, data.std, run.device, args.workers)
+    setting = Setting(
+        args.img_size,
+        args.patch_size,
+        data.mean,
+        data.std,
+        run.device,
+        args.workers)
     nearest, vote = scores_of(run.method.encoder, data, setting, ('nn', 'knn'), 10_000, 5_000)
     append(run.folder / 'log.jsonl', dict(
         step=state.step,
@@ -747,7 +762,8 @@ def any_process(run, received):
     """Whether one of the processes has received a signal."""
     if run.world == 1:
         return bool(received)
-    return mean_over_ranks(torch.tensor(float(len(received)), device=run.device)).item() > 0
+    count = torch.tensor(float(len(received)), device=run.device)
+    return mean_over_ranks(count).item() > 0
 
 
 # ---------------------------------------------------------------- the loop

@@ -133,9 +133,12 @@ def read_crops(path, epoch, views, seed, root=''):
         boxes = crop_boxes(len(views), image.height, width, (low, high), generator)
         boxes = torch.stack(boxes, dim=1)                                     # views 4
         # a JPEG is decoded at 1/2, 1/4 or 1/8 where each crop keeps twice the side that it needs
-        spare = min(min(box[2:].tolist()) / (2 * view.rendered) for box, view in zip(boxes, views))
+        spare = math.inf
+        for (_, _, *sides), view in zip(boxes.tolist(), views):
+            spare = min(spare, min(sides) / (2 * view.rendered))
         if spare > 1:
-            image.draft('RGB', (int(width / spare) + 1, int(image.height / spare) + 1))
+            smaller = int(width / spare) + 1, int(image.height / spare) + 1
+            image.draft('RGB', smaller)
         image = to_rgb(image)
         boxes = boxes * (image.width / width)
         flips = uniform(len(views), 0, 1, generator) < 0.5
@@ -143,7 +146,9 @@ def read_crops(path, epoch, views, seed, root=''):
         for view, (top, left, height, width), flip in zip(views, boxes.tolist(), flips):
             shrinks = view.side != view.rendered       # bicubic is nearest to the least squares
             filter = Image.Resampling['BICUBIC' if shrinks else view.interpolation.upper()]
-            box = (left, top, min(left + width, image.width), min(top + height, image.height))
+            right = min(left + width, image.width)
+            bottom = min(top + height, image.height)
+            box = (left, top, right, bottom)
             side = (view.rendered, view.rendered)
             crop = pil_to_tensor(image.resize(side, filter, box, reducing_gap=2))
             crops.append(crop.flip(2) if flip else crop)
@@ -162,7 +167,8 @@ def center(images, side, img_size):
         square = max(1, round(square * 7 / 8))
     top = (h - square) // 2
     left = (w - square) // 2
-    return resize(images[:, :, top:top + square, left:left + square], side)
+    images = images[:, :, top:top + square, left:left + square]
+    return resize(images, side)
 
 
 def read_center(path, side, img_size):
@@ -299,7 +305,8 @@ class Images:
         if self.pixels:
             for keys, views in steps:
                 ids = torch.tensor([index for index, _ in keys])
-                yield [self.pixels['train'][ids]] * len(views), self.labels['train'][ids]
+                pixels = self.pixels['train'][ids]
+                yield [pixels] * len(views), self.labels['train'][ids]
             return
         items = ([(*key, views) for key in keys] for keys, views in steps)
         read = partial(read_crops, seed=seed, root=self.root)
@@ -403,8 +410,8 @@ def load_folder(root, say=print):
     found, others = list_images(root)
     if not found:
         raise FileNotFoundError(f'no images below {str(root)!a}; looked for {" ".join(EXTENSIONS)}')
-    folders = sorted({name.partition(os.sep)[0] for name in found if os.sep in name})
-    train, test = find_splits(folders)
+    folders = {name.partition(os.sep)[0] for name in found if os.sep in name}
+    train, test = find_splits(sorted(folders))
 
     def below(folder):
         """Names within a split."""
