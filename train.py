@@ -832,7 +832,7 @@ def main(argv=None):
     args, checkpoint = parse_args(argv)
     try:
         run = set_up(args, checkpoint)
-        if run.state.units >= run.budget:
+        if run.state.units >= run.budget and run.state.seen == 1:    # its last score is there
             say(f'{run.folder} is finished')
             return
         if run.rank == 0:

@@ -237,6 +237,22 @@ def test_a_killed_run_goes_on_bit_exactly(run, tmp_path, tiny_fashion):
     assert_equal_weights(folder / 'killed', folder / 'whole')
 
 
+def test_a_run_killed_at_its_last_score_is_not_finished(run, monkeypatch):
+    score = train.score
+
+    def killed(started_run):
+        if started_run.state.step:
+            raise KeyboardInterrupt
+        score(started_run)
+    flags = ('--budget', 0.001, '--eval-every', 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, 'score', killed)
+        run(*flags, '--name', 'killed')
+    run(*flags, '--name', 'killed', '--resume', 'auto')
+    folder = run(*flags, '--name', 'whole')
+    assert_equal_runs(folder / 'killed', folder / 'whole')
+
+
 def test_a_signal_finishes_the_step_and_saves(run, stop_at, capsys):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         before = signal.getsignal(number)
