@@ -148,9 +148,8 @@ def knn_predict(queries, bank, bank_labels, classes, k=20, temperature=0.07, chu
 
     A neighbour's vote is exp(cosine / temperature). `chunk` bounds the memory: chunk * m cosines.
     """
-    if not 1 <= k <= len(bank) or not temperature > 0:
-        raise ValueError(f'k {k} must be from 1 to the {len(bank)} images of the bank, and the '
-                         f'temperature {temperature} above 0')
+    if not 1 <= k <= len(bank):
+        raise ValueError(f'{k} neighbours of a bank of {len(bank)} images; take more images')
     bank = F.normalize(bank, dim=1)
     predictions = []
     for part in F.normalize(queries, dim=1).split(chunk):
@@ -293,7 +292,8 @@ def finetune(encoder, data, ids, setting, recipe, seed=0):
         optimizer.step()
         losses.append(loss.item())
     if not math.isfinite(losses[-1]):
-        raise FloatingPointError(f'the loss of fine-tuning is {losses[-1]}')
+        raise FloatingPointError(f'the loss of fine-tuning is {losses[-1]}; lower the lr of LARGE '
+                                 f'or SMALL in eval.py')
     by_epoch = torch.tensor(losses).view(recipe.epochs, -1)
     return encoder, head, by_epoch.mean(dim=1).tolist()
 

@@ -188,8 +188,8 @@ def parse_args(argv=None):
         raise ValueError('Adam has no second moment at progress 0; start --gradstats later, or '
                          'take --metric euclidean')
     if not all(0 <= p <= 1 for p in args.gradstats) or not 0 <= args.warmup < 1:
-        raise ValueError(f'--gradstats {args.gradstats} and --warmup {args.warmup} are progress, '
-                         f'from 0 to 1')
+        raise ValueError(f'--gradstats {args.gradstats} and --warmup {args.warmup} are progress: '
+                         f'from 0 to 1, a warmup below 1')
     if args.local_crops and args.method != 'dino' or args.symmetric and args.method != 'moco':
         raise ValueError('--local-crops is of --method dino, --symmetric of moco')
     return args, checkpoint
@@ -265,7 +265,7 @@ def build_schedule(args):
 def build_grid(args):
     """The uncompressed strategy, and those whose gradient is measured beside it."""
     sizes = [times * args.patch_size for times in (1, 2, 4)]
-    grid = [Compression(p, rate) for p in sizes for rate in (0.0, 0.5)]
+    grid = [Compression(p, rate) for p in sizes if p <= args.img_size for rate in (0.0, 0.5)]
     if args.grid:
         grid = [Compression.parse(text) for text in args.grid.split(',')]
     return list(dict.fromkeys([Compression(args.patch_size), *grid]))
@@ -662,6 +662,7 @@ def score(run):
 def measure(run, point):
     """Gradient errors here and now, as those of this point of progress; nothing changes."""
     args, state = run.args, run.state
+    set_curves(run, progress_of(run))                # as for the next step, also after a resume
     share = args.batch_size // run.world
 
     def probes():

@@ -322,7 +322,7 @@ def load_backbone(path, num_heads=None):
         raise ValueError(f'{path} holds a {type(saved).__name__}, not a dictionary of tensors')
     for layout, (key, prefix) in LAYOUTS.items():
         tensors = saved.get(key, saved)             # a file may hold the tensors alone
-        if prefix + 'patch_embed.proj.weight' in (tensors or ()):
+        if isinstance(tensors, dict) and prefix + 'patch_embed.proj.weight' in tensors:
             break
     else:
         raise ValueError(f'{path} holds no ViT with the names of timm, MoCo-v3, DINO, DeiT or MAE '

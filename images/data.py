@@ -440,7 +440,7 @@ def load_folder(root, say=print):
     say(f'{str(root)!a}: {len(files["train"]):,} training images in {len(classes)} classes, '
         f'{len(files["test"]):,} to score')
     outside = len(found) - len(names['train']) - len(names['test'])
-    unlabelled = int((labels['test'] < 0).sum())
+    unlabelled = int((labels['test'] < 0).sum()) if classes else 0
     for count, what in ((others, 'other files are left out'),
                         (outside, 'images beside the splits are left out'),
                         (unlabelled, 'images are not scored: no training image has their class')):

@@ -14,9 +14,9 @@ from PIL import Image
 from timm.data import create_transform
 
 from eval import (RATES, Recipe, Setting, features_of, finetune, fit_linear, knn_predict,
-                  linear_sweep, main)
-from images.data import Images, load
-from images.views import keyed_generator
+                  linear_sweep, main, training_batches)
+from images.data import Images, load, read_crops
+from images.views import Augmentation, keyed_generator
 from vit import ViT
 
 
@@ -174,7 +174,7 @@ def test_a_line_says_what_the_score_depends_on(score):
 
 def test_what_cannot_be_scored_is_said(score):
     for flags, message in (
-            ('--limit 19', 'k 20 must be from 1 to the 19 images'),
+            ('--limit 19', '20 neighbours of a bank of 19 images; take more'),
             ('--weights timm.pth --num-heads 2', 'was trained on; add --dataset'),
             ('--patch-size 4 7 --export x.npz', 'features of one --patch-size')):
         with pytest.raises(ValueError, match=message):
@@ -193,6 +193,20 @@ def make_tree(*folders):
 
 
 FOLDER = '--weights timm.pth --num-heads 2 --dataset folder --workers 0 '
+
+
+def test_finetuning_sees_the_crops_that_were_read(tmp_path):
+    """One random crop an image, normalized, and nothing else."""
+    path = tmp_path / 'x.png'
+    Image.fromarray(torch.randint(256, (50, 70, 3)).byte().numpy()).save(path)
+    labels = dict(train=torch.zeros(1, dtype=torch.long))
+    data = Images('x', 'a', labels, files=dict(train=[path]), root=tmp_path)
+    recipe = Recipe(epochs=1, batch_size=1, lr=1, warmup=0, crop_scale=0.5, smoothing=0)
+    setting = Setting(32, 4, (0.5,) * 3, (0.1,) * 3)
+    (images, _), = training_batches(data, torch.arange(1), setting, recipe, 0)
+    view = Augmentation(32, scale=(0.5, 1.0), interpolation='bicubic')
+    crop, = read_crops(path, 0, [view], 0, tmp_path)
+    assert error(images[0], (crop / 255 - 0.5) / 0.1) < 1e-5
 
 
 def test_scores_count_the_images_that_were_scored(score):

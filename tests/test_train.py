@@ -1,4 +1,5 @@
 """A run from its flags to its end: what a step does, what it costs, how it stops and goes on."""
+import copy
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from PIL import Image
 
 import train
 from compress import Compression
-from gradstats import flat_gradient
+from gradstats import adam_scale, flat_gradient
 from images.views import keyed_generator
 from schedule import cosine
 from vit import read
@@ -114,6 +115,23 @@ def test_curves_follow_progress(run):
         assert 0 < line['waiting'] < line['seconds']
 
 
+def test_dinos_last_layer_rests_at_first_and_no_bias_decays(tiny_fashion, tmp_path, monkeypatch):
+    """At 15 % of the budget the teacher's temperature has risen by a half."""
+    monkeypatch.chdir(tmp_path)
+    run = started('--method', 'dino', '--warmup', 0, '--eval-every', 0, root=tiny_fashion)
+    run.budget = 16 * run.cost[run.schedule.at(0)]            # one step
+    head = run.method.student_head
+    before = copy.deepcopy(head.state_dict())
+    assert train.train(run) and run.state.step == 1
+    assert torch.equal(head.last_layer.weight, before['last_layer.weight'])
+    assert not torch.equal(head.mlp[0].weight, before['mlp.0.weight'])
+    train.set_curves(run, 0.15)
+    assert run.method.teacher_temp == pytest.approx(0.055)
+    for group in run.optimizer.param_groups:
+        decays = {parameter.ndim > 1 for parameter in group['params']}
+        assert decays == {group['weight_decay'] > 0}
+
+
 def test_a_sample_costs_its_passes(tiny_fashion, tmp_path, monkeypatch):
     """MoCo: query 3 and key 1, without heads; images need no gradient. Symmetric: twice that.
 
@@ -166,17 +184,20 @@ def test_measuring_and_scoring_change_nothing_in_the_run(run):
 
 
 def test_the_probe_measures_the_gradient_of_a_training_step(tiny_fashion, tmp_path, monkeypatch):
+    """Of the second of two processes: the other half of each batch. In Adam's metric."""
     monkeypatch.chdir(tmp_path)
-    run = started('--gradstats', 1, '--grid', 'p8-drop0.50', '--probe-batches', 4, '--metric',
-                  'euclidean', root=tiny_fashion)
+    flags = ('--gradstats', 1, '--grid', 'p8-drop0.50', '--probe-batches', 4)
+    run = started(*flags, root=tiny_fashion)
+    run.rank, run.world = 1, 2
     seen = []
 
     def gradient_stats(grad_fn, grid, base, batches, groups, scale):
         seen.extend(grad_fn(i, tau) for i in range(2) for tau in grid)
+        assert torch.equal(scale, adam_scale(run.optimizer, run.parameters))
         return {}
     monkeypatch.setattr(train, 'gradient_stats', gradient_stats)
     train.measure(run, 1.0)
-    order = torch.randperm(320, generator=keyed_generator(0, 'probe order', 0, 1))[:16]
+    order = torch.randperm(320, generator=keyed_generator(0, 'probe order', 0, 1))[8:16]
     tau, key = Compression(8, 0.5), ('probe', 0, 1)
     views = train.views_of(run, [run.data.pixels['train'][order]] * 2, tau, *key)
     loss, _ = train.loss_of(run, run.method, views, tau, *key)
@@ -204,6 +225,18 @@ def test_a_stopped_run_goes_on_bit_exactly(run, stop_at, flags, monkeypatch):
     assert_equal_runs(folder / 'whole', folder / 'parts')
     a, b = ((folder / name / 'gradstats.jsonl').read_text() for name in ('whole', 'parts'))
     assert a == b
+
+
+def test_dino_is_measured_as_without_a_stop(run, stop_at):
+    """A run stops where a measurement is due, and makes it when it goes on."""
+    flags = ('--method', 'dino', '--budget', 0.001, '--gradstats', 0.5, '--grid', 'p8',
+             '--metric', 'euclidean', '--probe-batches', 4, '--eval-every', 0)
+    folder = run(*flags, '--name', 'whole')
+    whole = (folder / 'whole' / 'gradstats.jsonl').read_text()
+    stop_at(json.loads(whole.splitlines()[0])['step'])
+    run(*flags, '--name', 'parts')
+    run('--resume', folder / 'parts', small=False)
+    assert (folder / 'parts' / 'gradstats.jsonl').read_text() == whole
 
 
 def test_photos_stop_and_go_on_with_other_workers(run, stop_at, photos, capsys):
@@ -248,14 +281,16 @@ def test_a_run_killed_at_its_last_score_is_not_finished(run, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, 'score', killed)
         run(*flags, '--name', 'killed')
+    assert read('runs/killed/checkpoint.pt')['state']['units'] >= 1000
     run(*flags, '--name', 'killed', '--resume', 'auto')
     folder = run(*flags, '--name', 'whole')
     assert_equal_runs(folder / 'killed', folder / 'whole')
 
 
 def test_a_signal_finishes_the_step_and_saves(run, stop_at, capsys):
+    before = signal.default_int_handler
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        before = signal.getsignal(number)
+        signal.signal(number, before)                         # under nohup SIGHUP is ignored
         stop_at(3, number)
         folder = run('--budget', 0.002, '--name', number.name) / number.name
         assert read(folder / 'checkpoint.pt')['state']['step'] == 3
@@ -378,6 +413,24 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(run, stop_at, 
     assert read(folder / 'checkpoint.pt')['state']['step'] == 4
 
 
+def test_a_file_is_whole_whatever_happens(tmp_path, monkeypatch):
+    path = tmp_path / 'x.pt'
+    train.save([1], path)
+    other = os.stat(path).st_ino
+
+    def full_disk(value, partial):
+        partial.write_bytes(b'half')
+        assert torch.load(path) == [1]
+        raise OSError('no space left')
+    monkeypatch.setattr(torch, 'save', full_disk)
+    with pytest.raises(OSError, match='x.pt cannot be written: no space left'):
+        train.save([2], path)
+    assert os.stat(path).st_ino == other and list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    train.save([3], path)
+    assert torch.load(path) == [3] and os.stat(path).st_ino != other      # renamed, not rewritten
+
+
 def test_weights_that_are_not_finite_are_never_saved(tiny_fashion, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = started('--name', 'a', root=tiny_fashion)
@@ -398,7 +451,8 @@ def test_a_wrong_combination_names_value_and_fix(run):
             ('--budget 1e-6', 'do not pay for a batch of 16'),
             ('--patch-size 3', 'patch size 3 does not divide image size 16x16; use 1, 2, 4, an'),
             ('--gradstats 0,1', 'Adam has no second moment at progress 0'),
-            ('--gradstats 2', 'are progress, from 0 to 1'),
+            ('--gradstats 2', 'are progress: from 0 to 1'),
+            ('--local-crops 2', 'is of --method dino'),
             ('--resume auto', 'give a --name')):
         with pytest.raises(ValueError, match=re.escape(message)):
             run(*flags.split())
