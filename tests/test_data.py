@@ -249,3 +249,5 @@ def test_unreadable_images_are_left_out_of_memory(tmp_path):
     assert folder.pixels['train'].shape == (8, 3, 32, 32)
     assert folder.labels['train'].tolist() == [0] * 4 + [1] * 4
     assert 'cannot identify' in folder.unreadable['train'][str(path)]
+    with pytest.raises(OSError, match='cannot identify'):
+        read_crops(path, 0, recipe('moco', 32), 0, tmp_path)

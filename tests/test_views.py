@@ -190,6 +190,13 @@ def test_recipes_are_lightlys(name):
             assert p == (steps[step].prob if step in steps else 0)
 
 
+def test_blur_follows_the_side():
+    """2 pixels of 224 are 1 of 112, and of 5 x 5 patches of 48 px rendered at 16."""
+    view = recipe('moco', 224)[0]
+    assert view.at(112).blur_sigma == (0.05, 1.0)
+    assert view.at(240, patches=(48, 16)).blur_sigma == pytest.approx((0.1 * 80 / 224, 160 / 224))
+
+
 # ---- what goes in and comes out
 
 def test_views_are_float32_in_0_1_of_bytes_and_of_floats():

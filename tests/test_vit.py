@@ -13,7 +13,8 @@ from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models import VisionTransformer
 
 from compress import random_keep
-from vit import ViT, forward_features, load_backbone, positions, read, sincos_table, vit_small
+from vit import (ViT, config_of, forward_features, load_backbone, positions, read, sincos_table,
+                 vit_small)
 
 SMALL = dict(patch_size=4, embed_dim=64, depth=2, num_heads=2)
 
@@ -169,6 +170,13 @@ def loaded(tmp_path):
         torch.save(saved, tmp_path / 'a.pth')
         return load_backbone(tmp_path / 'a.pth')
     return load
+
+
+def test_vit_h_has_16_heads():
+    weights = {'patch_embed.proj.weight': torch.zeros(1280, 3, 14, 14),
+               'pos_embed': torch.zeros(1, 257, 1280), 'blocks.0.mlp.fc1.bias': torch.zeros(5120)}
+    config = config_of(weights, None, 'ours_mae_or_deit')
+    assert (config['num_heads'], config['img_size'], config['mlp_ratio']) == (16, 224, 4)
 
 
 def test_files_of_others_give_timms_features(loaded):
