@@ -740,11 +740,11 @@ def now_and_then(run, stopping=False):
         """Whether a multiple of it, or the end, has been reached since the last time."""
         return progress // every > state.seen // every or state.seen < progress == 1
 
-    now = time.perf_counter()
-    late = now - run.saved_at > 60 * SAVE_MINUTES
+    late = time.perf_counter() - run.saved_at > 60 * SAVE_MINUTES
     saving = stopping or late or state.step and due(SAVE_EVERY)
     if not stopping:
-        scoring = args.eval_every and can_score(run.data) and due(args.eval_every)
+        # can_score goes through all labels, so it is asked last
+        scoring = args.eval_every and due(args.eval_every) and can_score(run.data)
         measuring = [point for point in args.gradstats if state.seen < point <= progress]
         if state.step and (scoring or measuring):    # this may take long, and be killed
             save_run(run)
@@ -756,7 +756,7 @@ def now_and_then(run, stopping=False):
         saving = saving or measuring
     if saving:
         save_run(run)
-        run.saved_at = now
+        run.saved_at = time.perf_counter()
 
 
 def any_process(run, received):

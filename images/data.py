@@ -225,7 +225,8 @@ def finish_first(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+STOPS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1')
+         if hasattr(signal, name)]                     # Windows has the first two
 
 
 # ---------------------------------------------------------------- a data set
@@ -330,12 +331,12 @@ class Images:
             if intact.any():
                 yield pictures[intact], ids[intact]
 
-    def read(self, split, items, read, workers, collate=stacked):
+    def read(self, split, items, read, workers):
         """(what was read, indices, whether each is the one asked for) of each batch of items."""
         loader = DataLoader(
             Reader(self.files[split], read),
             batch_sampler=items,
-            collate_fn=collate,
+            collate_fn=stacked,
             num_workers=workers,
             worker_init_fn=finish_first,
             pin_memory=torch.cuda.is_available(),

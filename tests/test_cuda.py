@@ -12,11 +12,11 @@ import train
 from compress import Compression
 from gradstats import flat_gradient
 from images.views import keyed_generator
+from methods import METHODS
 from vit import load_backbone
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 
-METHODS = ('moco', 'simclr', 'dino')
 STRONG = Compression(8, 0.5)
 
 
