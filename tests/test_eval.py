@@ -97,17 +97,22 @@ def test_all_rates_at_once_equal_torchs_sgd():
 def test_the_probe_finds_classes_and_chooses_its_rate_without_the_test_images():
     """On features of very unequal scales, as backbones have them. Ridge regression finds 99 %.
 
-    Shuffled labels are met by chance, 10 +- 4 * 0.95 %.
+    Shuffled labels are met by chance, 10 +- 4 * 0.95 %. The images of one class alone, which have
+    another mean than all, are met as well.
     """
     scale = torch.logspace(-3, 2, 32)
     x, labels = clusters(2000, 0, noise=0.8)
     queries, truth = clusters(1000, 1, noise=0.8)
     found = {}
-    for name, y in (('right', truth), ('shuffled', truth[torch.randperm(1000)])):
-        test = (scale * queries, y)
+    for name, some, y in (
+        ('right', slice(None), truth),
+        ('shuffled', slice(None), truth[torch.randperm(1000)]),
+        ('alone', truth == 0, truth[truth == 0]),
+    ):
+        test = (scale * queries[some], y)
         found[name], best, held_out = linear_sweep((scale * x, labels), test, 10, 'cpu', 20)
         assert found.setdefault('chosen', (best, held_out)) == (best, held_out)
-    assert found['right'] > 99 and abs(found['shuffled'] - 10) < 4
+    assert found['right'] > 99 and found['alone'] > 97 and abs(found['shuffled'] - 10) < 4
     assert tuple(held_out) == RATES
     assert held_out[best] == max(held_out.values()) > 98
 
