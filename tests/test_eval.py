@@ -105,8 +105,8 @@ def test_the_probe_finds_classes_and_chooses_its_rate_without_the_test_images():
     queries, truth = clusters(1000, 1, noise=0.8)
     found = {}
     for name, some, y in (
-        ('right', slice(None), truth),
-        ('shuffled', slice(None), truth[torch.randperm(1000)]),
+        ('right', ..., truth),
+        ('shuffled', ..., truth[torch.randperm(1000)]),
         ('alone', truth == 0, truth[truth == 0]),
     ):
         test = (scale * queries[some], y)
