@@ -514,8 +514,9 @@ uncompressed runs have the recipe with the best mean on the judged seeds themsel
 jitter on shapes (68.9), the chosen one on Fashion-MNIST (76.8), crops from 0.6 of the area on
 CIFAR-10 (38.3); `p8` keeps its own. That the seeds agree on CIFAR-10 (3.2 +- 0.0) is chance: the
 sampling error of a score alone moves a factor by a fifth. The uncompressed runs of CIFAR-10 and one
-of `p8` are of earlier days and other machines. Six commands that were run twice on other days and
-machines differ by up to 3.9 points on shapes, as much as seeds do.
+of `p8` are of earlier days and other machines. The machine matters as much as the seed: six
+uncompressed runs that were made again (`again` below) differ by -0.8, +0.8, -0.7 on CIFAR-10 and by
++2.1, -3.3, +0.6 on shapes, where the standard deviation over seeds is 0.6 and 3.5.
 
 Seconds are units times the seconds of a unit, which for `p8` are 1.24, 1.07 and 1.16 times those of
 an uncompressed one: the least among the runs of search and judge, since the machine was busy in
