@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
-from reproduce import (RESULTS, ROOT, TITLES, hindsight, load_results, read_log, select, sides,
-                       speed_up)
+from reproduce import (RESULTS, ROOT, TITLES, hindsight, load_results, read_log, select, speed_up,
+                       tuned)
 
 sys.path.insert(0, str(ROOT))
 from compress import Compression, num_keep, pass_flops, patches_per_side, random_keep  # noqa: E402
@@ -208,8 +208,7 @@ def headline():
     figure = Figure((8, 3.5))
     axes = figure.subplots(1, len(TITLES))
     for axis, (dataset, title) in zip(axes, TITLES.items()):
-        _, fast = sides(records, dataset)
-        _, dropped = sides(records, dataset, 'p8-drop0.50')
+        fast, dropped = tuned(records, dataset, 'p8', 'p8-drop0.50')
         default = select(records, dataset, 'moco', 'none')
         best = hindsight(records, dataset)
         for runs, label, strategy, marker in (

@@ -196,7 +196,7 @@ def test_each_side_has_its_chosen_recipe_and_seconds_of_the_same_study(monkeypat
     """)
     order = dict(none=[('batch64', 2), ('', 1)], p8=[('', 2)])
     monkeypatch.setattr(reproduce, 'searched', lambda *key: order[key[2]])
-    sides = [*reproduce.sides(runs, 'shapes'), reproduce.hindsight(runs, 'shapes')]
+    sides = *reproduce.tuned(runs, 'shapes', 'none', 'p8'), reproduce.hindsight(runs, 'shapes')
     assert [side[0.32][0]['knn'] for side in sides] == [53, 70, 55]
     for run, seconds, study in zip(runs[2:], (320, 1, 40, 2), 'search judge judge x'.split()):
         run.update(seconds=seconds, study=study)
