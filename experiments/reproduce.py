@@ -16,8 +16,9 @@ judge           seeds 0, 1, 2 with the chosen recipes: none at 0.32 M, the other
 hindsight       none at 0.32 M with all five recipes, added after judge: was the best one chosen?
 width           the same on two sets at width 192, depth 6, from 0.04 M on; recipes of width 64
 simclr-search   three recipes for none and p8-drop0.50: default, batches of 64, twice the jitter
-simclr          none at 0.32 M and p8-drop0.50 at 0.04 to 0.16 M, with its own chosen recipes
-long            1.28 M, chosen recipes: none, p8, p8-drop0.50, and tokens dropped in the first half
+simclr          none at 0.32 M with the three, and p8-drop0.50 at 0.04 to 0.16 M with its chosen one
+long            1.28 M, chosen recipes: none, p8, p8-drop0.50, and tokens dropped in the first half;
+                none at 0.08 M, where the others are in judge
 longest         4 M on CIFAR-10, two seeds
 public          10 M on CIFAR-10, width 128, depth 6, beside numbers that others published
 machine         none at 0.32 M once more: how far does the same command move on another day?
@@ -92,11 +93,12 @@ fashion_mnist cifar10 | moco | p8 p8-drop0.50 | width192-* | 0.04 0.08 0.16 0.32
 shapes fashion_mnist cifar10 | simclr | none p8-drop0.50 | - batch64 jitter2 | 0.08 | 10 11
 """,
     'simclr': """
-shapes fashion_mnist cifar10 | simclr | none        | * | 0.32           | 0 1 2
-shapes fashion_mnist cifar10 | simclr | p8-drop0.50 | * | 0.04 0.08 0.16 | 0 1 2
+shapes fashion_mnist cifar10 | simclr | none        | - batch64 jitter2 | 0.32           | 0 1 2
+shapes fashion_mnist cifar10 | simclr | p8-drop0.50 | *                 | 0.04 0.08 0.16 | 0 1 2
 """,
     'long': """
-shapes fashion_mnist cifar10 | moco | none p8 p8-drop0.50 p8-drop0.50@0,p8@0.5 | * | 1.28 | 0 1 2
+shapes fashion_mnist cifar10 | moco | none                                | * | 0.08 1.28 | 0 1 2
+shapes fashion_mnist cifar10 | moco | p8 p8-drop0.50 p8-drop0.50@0,p8@0.5 | * | 1.28      | 0 1 2
 """,
     'longest': 'cifar10 | moco | none p8 p8-drop0.50@0,p8@0.5 | * | 4 | 0 1',
     'public': 'cifar10 | moco | p8-drop0.50@0,p8@0.5 | width128-* | 10 | 0',
