@@ -592,8 +592,8 @@ runs of a quarter of the budget choose one that is worse than the best by 0.15 p
 1.28 M, without shapes, the trials lose 0.4, always p8-drop0.50 0.1 |
 
 Seconds are behind units at width 64: by 6 to 19 % with p8 and MoCo-v3, 10 to 25 % with p8-drop0.50,
-18 to 25 % with SimCLR, 29 % with DINO. At width 192 a unit costs the same. The second command of the
-README ends at 50.2 to 61.4 %, the first at 80 to 86.
+18 to 25 % with SimCLR, 29 % with DINO. At width 192 a unit costs the same. The second command of
+the README ends at 50.2 to 61.4 %, the first at 80 to 86.
 
 **Rules that left the project** are in commit 8693537 (`experiments/predict.py`; `auto` in 378dcb8).
 From 72 checkpoints (shapes, Fashion-MNIST, 3 seeds, four variants) training went on under six
