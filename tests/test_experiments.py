@@ -168,17 +168,19 @@ def test_small_and_full_views_are_compared_seed_by_seed():
     """))
 
 
-def test_the_table_of_runs_leaves_out_short_runs_and_single_seeds():
+def test_the_table_of_runs_leaves_out_short_runs_and_two_seeds():
     lines = reproduce.score_table(records("""
         none - - 0.08 0 1
         none - - 0.08 1 1
         none - - 0.32 0 50
         none - - 0.32 1 52
+        none - - 0.32 2 51
         none - - 4 0 70
         p8 - full 0.32 0 1
+        p8 - full 0.32 1 1
     """)).splitlines()
-    assert lines[2:] == ['| moco | none |  |  | 0.32 | 51.0 (2) |  |  |',
-                         '| moco | none |  |  | 4.0 | 70.0 (1) |  |  |']
+    assert lines[2:] == ['| moco | none |  | 0.32 | 51.0 (3) |  |  |',
+                         '| moco | none |  | 4.0 | 70.0 (1) |  |  |']
 
 
 def test_each_side_has_its_chosen_recipe_and_seconds_of_the_same_study(monkeypatch):
