@@ -168,7 +168,7 @@ def test_small_and_full_views_are_compared_seed_by_seed():
     """))
 
 
-def test_the_table_of_runs_leaves_out_short_runs_and_two_seeds():
+def test_the_table_of_runs_leaves_out_short_runs_small_views_and_pairs():
     lines = reproduce.score_table(records("""
         none - - 0.08 0 1
         none - - 0.08 1 1
@@ -178,6 +178,9 @@ def test_the_table_of_runs_leaves_out_short_runs_and_two_seeds():
         none - - 4 0 70
         p8 - full 0.32 0 1
         p8 - full 0.32 1 1
+        p8 - small 0.32 0 1
+        p8 - small 0.32 1 1
+        p8 - small 0.32 2 1
     """)).splitlines()
     assert lines[2:] == ['| moco | none |  | 0.32 | 51.0 (3) |  |  |',
                          '| moco | none |  | 4.0 | 70.0 (1) |  |  |']
