@@ -567,11 +567,10 @@ to 22 %; on shapes it has -1.1 +- 0.6 (p8) and +0.5 +- 0.7 (p8-drop0.50) at 0.08
 against the best recipe in hindsight: p8 3.9, 3.5, 3.0, p8-drop0.50 4.2, 4.0, 3.3; against the \
 chosen one 6.2, 3.5, 3.2 and 6.0, 4.0, 3.5 (theirs, read off their figure, by NN: 4.5, 4.4, 3.8, \
 3.0 for 309 to 1537 M) |
-| the factor falls as the budget grows | not up to 0.32 M; beyond, one seed | p8, tuned alike, at 0.08 \
-and 0.32 M, and with seed 0 at 1.28 M: shapes 1.7, 6.2 (in hindsight 3.9), 7.6, Fashion-MNIST 3.1, \
-3.5, 9.9, CIFAR-10 3.2, 3.2, 4.0; untuned \
-against the best of default and batches of 64 at 0.08, 0.32, 1.28 M, seed 0: > 4.0, 6.4, 4.8; 2.2, \
-4.7, 4.9; 1.0, 1.8, 3.3 |
+| the factor falls as the budget grows | not up to 0.32 M; beyond, one seed | p8, tuned alike, at \
+0.08 and 0.32 M, and with seed 0 at 1.28 M: shapes 1.7, 6.2 (in hindsight 3.9), 7.6, \
+Fashion-MNIST 3.1, 3.5, 9.9, CIFAR-10 3.2, 3.2, 4.0; untuned against the best of default and \
+batches of 64 at 0.08, 0.32, 1.28 M, seed 0: > 4.0, 6.4, 4.8; 2.2, 4.7, 4.9; 1.0, 1.8, 3.3 |
 | +9.8 points NN, +5.1 LP at equal budget | yes, less on real images | p8 minus uncompressed, NN, \
 shapes, Fashion-MNIST, CIFAR-10: at 0.32 M +40.2, +3.2, +3.7, against the best recipe in hindsight \
 +26.9, +3.2, +3.3; at 1.28 M with the default recipe +4.4 and +6.4 on the last two; LP on CIFAR-10 \
