@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
-from reproduce import RESULTS, ROOT, TITLES, hindsight, load_results, read_log, speed_up, tuned
+from reproduce import RESULTS, ROOT, TITLES, hindsight, read, read_log, speed_up, tuned
 
 sys.path.insert(0, str(ROOT))
 from compress import Compression, num_keep, pass_flops, patches_per_side, random_keep  # noqa: E402
@@ -203,7 +203,7 @@ def gradstats(file):
 
 def headline():
     """20-NN accuracy over budget on three data sets, mean and deviation over seeds."""
-    records = load_results()
+    records = read(RESULTS)
     figure = Figure((8, 3.5))
     axes = figure.subplots(1, len(TITLES))
     for axis, (dataset, title) in zip(axes, TITLES.items()):

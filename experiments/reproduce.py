@@ -60,7 +60,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'experiments' / 'results' / 'runs.jsonl'
 RUNS = Path('runs')
 TITLES = dict(shapes='shapes', fashion_mnist='Fashion-MNIST', cifar10='CIFAR-10')
-COMPARED = 'moco p8', 'moco p8-drop0.50', 'moco p8-drop0.50@0,p8@0.5', 'simclr p8-drop0.50'
 
 
 # ---------------------------------------------------------------- studies
@@ -147,9 +146,8 @@ def runs_of(study, records=()):
         for dataset, method, schedule, variant, budget, seed, *views in product(*columns):
             if '*' in variant:
                 variant = variant.replace('*', chosen(records, dataset, schedule, method))
-            views = '' if schedule == 'none' else (views or ['full'])[0]
             runs.append(Run(dataset, method, schedule, variant.strip('-'), float(budget),
-                            int(seed), views))
+                            int(seed), *views or ['full']))
     return sorted(runs, key=lambda run: (run.budget, run.seed))
 
 
@@ -168,9 +166,10 @@ def searched(records, dataset, schedule, method='moco'):
     return sorted(means.items(), key=itemgetter(1), reverse=True)
 
 
-def chosen(*key):
-    """The recipe with the best mean of its search."""
-    return searched(*key)[0][0]
+def chosen(records, dataset, schedule, method='moco', size=''):
+    """The recipe with the best mean of its search, behind the size of a larger network."""
+    recipe, _ = searched(records, dataset, schedule, method)[0]
+    return f'{size}-{recipe}'.strip('-')
 
 
 def name_of(run):
@@ -187,10 +186,10 @@ def words_of(command, root):
 
 def flags_of(run, root='data'):
     """The flags of train.py."""
-    views = f'--views {run.views}' if run.views else ''
     recipe = ' '.join(PARTS[part] for part in run.variant.split('-'))
-    return words_of(f'{FILES[run.dataset]} --method {run.method} --schedule {run.schedule} {views} '
-                    f'{recipe} --budget {run.budget:g} --seed {run.seed} --eval-every 1', root)
+    return words_of(f'{FILES[run.dataset]} --method {run.method} --schedule {run.schedule} '
+                    f'--views {run.views} {recipe} --budget {run.budget:g} --seed {run.seed} '
+                    '--eval-every 1', root)
 
 
 # ---------------------------------------------------------------- run
@@ -245,7 +244,7 @@ def call(run, args, recorded):
 
 def run_study(args):
     """Train its runs, some at a time. One that fails is named; the others finish."""
-    records = load_results()
+    records = read(RESULTS)
     recorded = {record['name'] for record in records}
     runs = [run for run in runs_of(args.study, records) if re.search(args.only, name_of(run))]
     if args.dry_run:
@@ -276,8 +275,10 @@ def read_log(folder):
 
 
 def finished(folder):
+    """The scores of a run that has reached its end, else None."""
     _, scores = read_log(folder)
-    return bool(scores) and scores[-1]['progress'] == 1
+    if scores and scores[-1]['progress'] == 1:
+        return scores
 
 
 def evaluated(folder):
@@ -289,30 +290,20 @@ def collect(args):
     """Add the finished runs below runs/ to the results; a run is known by its name."""
     records = {record['name']: record for record in read(RESULTS)}
     for path in RUNS.glob('*/run.json'):
-        if finished(path.parent):
-            _, scores = read_log(path.parent)
+        if scores := finished(path.parent):
             curve = [{key: round(score[key], 2) for key in ('units', 'seconds', 'nn', 'knn')}
                      for score in scores]            # from the random network on
             record = json.loads(path.read_text())
-            record.update(curve[-1], curve=curve, eval=evaluated(path.parent))
+            record.update(curve[-1], curve=curve, **evaluated(path.parent))
             records[record['name']] = record
     RESULTS.write_text(''.join(json.dumps(records[name]) + '\n' for name in sorted(records)))
     print(f'{RESULTS.name} has {len(records)} runs')
 
 
-def load_results():
-    """The records of runs.jsonl. views: '' of an uncompressed run, else 'small' or 'full'."""
-    records = read(RESULTS)
-    for record in records:
-        record.update(record.get('eval', {}))
-        record['views'] = record.get('views', 'full') * (record['schedule'] != 'none')
-    return records
-
-
 def select(records, dataset, method, schedule, variant='', views='full'):
-    """{budget: {seed: record}}, by rising budget. Uncompressed runs do not differ in views."""
+    """{budget: {seed: record}}, by rising budget."""
     kind = itemgetter('dataset', 'method', 'schedule', 'variant', 'views')
-    wanted = dataset, method, schedule, variant, views * (schedule != 'none')
+    wanted = dataset, method, schedule, variant, views
     found = {}
     for record in sorted(records, key=itemgetter('budget', 'seed')):
         if kind(record) == wanted and record['seed'] < 10:    # those that choose do not judge
@@ -320,9 +311,9 @@ def select(records, dataset, method, schedule, variant='', views='full'):
     return found
 
 
-def tuned(records, dataset, *schedules, method='moco'):
+def tuned(records, dataset, *schedules, method='moco', size=''):
     """The runs under each of the strategies, with its chosen recipe."""
-    return [select(records, dataset, method, one, chosen(records, dataset, one, method))
+    return [select(records, dataset, method, one, chosen(records, dataset, one, method, size))
             for one in schedules]
 
 
@@ -366,19 +357,19 @@ def speed_up(base, fast, budget, factor=1.0):
 # ---------------------------------------------------------------- tables
 
 def table(head, cells):
-    """The data sets as columns. cells: {(first columns, data set): text}"""
+    """The data sets as columns, without empty rows. cells: {(first columns, data set): text}"""
     head = [*head, *TITLES.values()]
     lines = [head, ['---'] * len(head)]
-    for row in dict.fromkeys(key[:-1] for key in cells):
+    for row in dict.fromkeys(key[:-1] for key in cells if cells[key]):
         lines.append([*map(str, row), *(cells.get((*row, dataset), '') for dataset in TITLES)])
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def unit_seconds(records, dataset, schedule):
+def unit_seconds(records, dataset, schedule, size=''):
     """Of the chosen recipe: the least of the runs that were made together, on one machine."""
-    kind = dataset, schedule, chosen(records, dataset, schedule)
+    kind = dataset, schedule, chosen(records, dataset, schedule, size=size)
     return min(run['seconds'] / run['units'] for run in records
-               if run['study'] in ('search', 'judge')
+               if run['study'] in ('search', 'judge', 'width')
                and itemgetter('dataset', 'schedule', 'variant')(run) == kind)
 
 
@@ -393,22 +384,25 @@ def hindsight(records, dataset, method='moco'):
     return {0.32: max(tried, key=mean_knn)}
 
 
-def first_table(records):
-    """Both sides at 0.32 M, and how many times fewer units and seconds p8 takes."""
+def first_table(records, schedule, title, size=''):
+    """Both sides at 0.32 M, and how many times fewer units and seconds the compressed one takes."""
     cells = {}
     for dataset in TITLES:
-        base, fast = tuned(records, dataset, 'none', 'p8')
-        slower = unit_seconds(records, dataset, 'p8') / unit_seconds(records, dataset, 'none')
-        for title, text in (
+        base, fast = tuned(records, dataset, 'none', schedule, size=size)
+        if not base:                                 # shapes at width 192
+            continue
+        slower = (unit_seconds(records, dataset, schedule, size)
+                  / unit_seconds(records, dataset, 'none', size))
+        for row, text in (
             ('uncompressed, tuned, %', f'{mean_knn(base[0.32]):.1f}'),
-            ('`p8`, tuned, the same budget, %', f'{mean_knn(fast[0.32]):.1f}'),
-            ('`p8` is as good with so many times fewer units', speed_up(base, fast, 0.32)),
+            ('compressed, tuned, the same budget, %', f'{mean_knn(fast[0.32]):.1f}'),
+            ('compressed is as good with so many times fewer units', speed_up(base, fast, 0.32)),
             ('and so many times fewer seconds (estimate)', speed_up(base, fast, 0.32, slower)),
             ('fewer units against the best recipe in hindsight',
-             speed_up(hindsight(records, dataset), fast, 0.32)),
+             '' if size else speed_up(hindsight(records, dataset), fast, 0.32)),
         ):
-            cells[title, dataset] = text
-    return table(['20-NN, ViT of width 64, 0.32 million units, 3 seeds'], cells)
+            cells[row, dataset] = text
+    return table([title], cells)
 
 
 def search_table(records):
@@ -426,13 +420,13 @@ def search_table(records):
 def speed_up_table(records):
     """Chosen recipes on both sides / at 0.32 M, the best uncompressed recipe in hindsight."""
     cells = {}
-    for pair, budget, dataset in product(COMPARED, (0.08, 0.32, 1.28, 4.0), TITLES):
-        method, schedule = pair.split()
+    sides = 'moco p8', 'moco p8-drop0.50', 'moco p8-drop0.50@0,p8@0.5', 'simclr p8-drop0.50'
+    for side, budget, dataset in product(sides, (0.08, 0.32, 1.28, 4.0), TITLES):
+        method, schedule = side.split()
         base, fast = tuned(records, dataset, 'none', schedule, method=method)
-        sides = base, hindsight(records, dataset, method)
-        texts = list(filter(None, (speed_up(side, fast, budget) for side in sides)))
-        if texts:
-            cells[method, schedule, budget, dataset] = ' / '.join(texts)
+        factors = [speed_up(slow, fast, budget)
+                   for slow in (base, hindsight(records, dataset, method))]
+        cells[method, schedule, budget, dataset] = ' / '.join(filter(None, factors))
     return table(['method', 'strategy', 'M units'], cells)
 
 
@@ -458,8 +452,7 @@ def score_table(records):
         if record['views'] != 'small':
             groups[kind(record)].append(record)
     cells = {}
-    for key in sorted(groups):
-        runs = groups[key]
+    for key, runs in sorted(groups.items()):
         budget = key[3]
         if budget > 1 or (budget >= 0.32 and len(runs) > 2):
             texts = []
@@ -473,10 +466,11 @@ def score_table(records):
 
 def tables(args):
     """Write the page beside the results."""
-    records = load_results()
+    records = read(RESULTS)
     RESULTS.with_name('README.md').write_text(PAGE.format(
         runs=len(records),
-        first=first_table(records),
+        first=first_table(
+            records, 'p8', '20-NN without and with `p8`, width 64, 0.32 million units'),
         search=search_table(records),
         speed_ups=speed_up_table(records),
         verdict=verdict_table(records),
@@ -504,7 +498,7 @@ the later ones.
   end of the lower one; a star of headline.png is the uncompressed run with the best recipe in
   hindsight, with which its titles compare; its points at 1.28 M have seed 0 alone
 - [gradstats.jsonl](gradstats.jsonl): gradient errors of an uncompressed run of 0.16 M on CIFAR-10
-- [bench.md](bench.md): speed. [tuning.md](tuning.md): which settings were tried, DINO's among them
+- [bench.md](bench.md): speed. [tuning.md](tuning.md): which settings and rules were tried
 - [cat.jpg](cat.jpg): "Chelsea", CC0 by Stefan van der Walt, from scikit-image, at 224 px
 
 {first}
@@ -551,13 +545,8 @@ seed on shapes, 6.1 +- 1.8 on Fashion-MNIST, 2.1 +- 0.2 on CIFAR-10. DINO was no
 No difference was found on real images. On shapes the loss at 0.32 M is beyond 2 points and two
 standard errors, so `--views full` is the default. The full runs of seeds 0 to 2 are of earlier days
 and mostly of another machine, which alone moves shapes by up to 3.9; the others were made together:
-at 0.08 M they have -1.4 +- 1.3 (p8) and -3.4 +- 1.8 (p8-drop0.50) on shapes. Colors are not linear:
-small views differ from the least-squares pictures of full ones by 10 to 16 % of the contrast on
-shapes, 5 to 9 % on CIFAR-10. Least squares overshoots at edges; values outside of [0, 1] are set
-aside for the coloring and added back (dropped instead, small views differ by 13 to 18, 6 to 10 %).
-The first variant, with clamps at -0.6 and 1.6 (wide-clamp, commit 4d06123), differs by 23 to 29, 19
-to 22 %; on shapes it has -1.1 +- 0.6 (p8) and +0.5 +- 0.7 (p8-drop0.50) at 0.08 M with 8 seeds,
--5.2 and -5.7 at 0.32 M with one.
+at 0.08 M they have -1.4 +- 1.3 (p8) and -3.4 +- 1.8 (p8-drop0.50) on shapes. How far they are from
+the pictures of full ones is in tuning.md.
 
 ## The paper's findings
 
@@ -598,17 +587,6 @@ runs of a quarter of the budget choose one that is worse than the best by 0.15 p
 Seconds are behind units at width 64: by 6 to 19 % with p8 and MoCo-v3, 10 to 25 % with p8-drop0.50,
 18 to 25 % with SimCLR, 29 % with DINO. At width 192 a unit costs the same. The second command of
 the README ends at 50.2 to 61.4 %, the first at 80 to 86.
-
-**Rules that left the project** are in commit 8693537 (`experiments/predict.py`; `auto` in 378dcb8).
-From 72 checkpoints (shapes, Fashion-MNIST, 3 seeds, four variants) training went on under six
-strategies for 10 % of 0.06 M units, 11 uncompressed steps. The order in which a rule puts them is
-compared with the mean outcome of the other seeds of the same data set, source, progress and
-variant. The rank correlations by 20-NN and by uncompressed loss are 0.36, 0.26 for CA-MSE in Adam's
-metric; 0.25, 0.80 for best length (CA-MSE after the gradient is scaled to its best length); 0.49,
-0.88 for a fixed order for each data set; 0.39, 0.87 for the outcome of one other seed: no rule beat
-the fixed order. The loss misleads: on shapes it ranks uncompressed above p8-drop0.50 in 12 of 12
-comparisons, 20-NN in 3. `--schedule auto` could measure in 12 of 18 runs and left p8-drop0.50 in 2,
-both for the worse; it came within one standard error of the best constant in 3 of 6 cells (aim: 5).
 
 ## Runs: mean 20-NN (seeds), linear probe (LP) and fine-tuning on 10,000 images (FT)
 

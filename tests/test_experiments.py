@@ -49,7 +49,7 @@ def records(text):
         schedule, variant, views, budget, seed, knn = line.split()
         found.append(dict(
             dataset='shapes', method='moco', schedule=schedule, variant=variant.strip('-'),
-            views=views.strip('-'), budget=float(budget), seed=int(seed), name='',
+            views=views, budget=float(budget), seed=int(seed), name='',
             units=1e6 * float(budget), knn=float(knn)))
     return found
 
@@ -73,11 +73,11 @@ def test_speed_up_divides_whole_runs_of_the_same_seed(seeds, text):
     Seed 4 has a longer compressed run alone, which is none that is compared.
     """
     runs = records("""
-        none - - 1.28 0 50
-        none - - 1.28 1 50
-        none - - 1.28 2 50
-        none - - 1.28 3 50
-        none - - 1.28 4 50
+        none - full 1.28 0 50
+        none - full 1.28 1 50
+        none - full 1.28 2 50
+        none - full 1.28 3 50
+        none - full 1.28 4 50
         p8 - full 0.08 0 40
         p8 - full 0.32 0 60
         p8 - full 0.08 1 40
@@ -170,12 +170,12 @@ def test_small_and_full_views_are_compared_seed_by_seed():
 
 def test_the_table_of_runs_leaves_out_short_runs_small_views_and_pairs():
     lines = reproduce.score_table(records("""
-        none - - 0.08 0 1
-        none - - 0.08 1 1
-        none - - 0.32 0 50
-        none - - 0.32 1 52
-        none - - 0.32 2 51
-        none - - 4 0 70
+        none - full 0.08 0 1
+        none - full 0.08 1 1
+        none - full 0.32 0 50
+        none - full 0.32 1 52
+        none - full 0.32 2 51
+        none - full 4 0 70
         p8 - full 0.32 0 1
         p8 - full 0.32 1 1
         p8 - small 0.32 0 1
@@ -192,8 +192,8 @@ def test_each_side_has_its_chosen_recipe_and_seconds_of_the_same_study(monkeypat
     Those of another study, made on another machine, do not count.
     """
     runs = records("""
-        none -       -    0.32 0 55
-        none batch64 -    0.32 0 53
+        none -       full 0.32 0 55
+        none batch64 full 0.32 0 53
         p8   -       full 0.32 0 70
         p8   batch64 full 0.32 0 71
         p8   -       full 0.08 0 60
