@@ -562,11 +562,11 @@ Fashion-MNIST 3.1, 3.5, 9.9, CIFAR-10 3.2, 3.2, 4.0; untuned against the best of
 batches of 64 at 0.08, 0.32, 1.28 M, seed 0: > 4.0, 6.4, 4.8; 2.2, 4.7, 4.9; 1.0, 1.8, 3.3 |
 | +9.8 points NN, +5.1 LP at equal budget | yes, less on real images | p8 minus uncompressed, NN, \
 shapes, Fashion-MNIST, CIFAR-10: at 0.32 M +40.2, +3.2, +3.7, against the best recipe in hindsight \
-+26.9, +3.2, +3.3; at 1.28 M with the default recipe +4.4 and +6.4 on the last two; LP on CIFAR-10 \
-+3.6 at 0.32 M, +6.8 at 1.28 M (2 seeds) |
-| constants win early and fall behind schedules | in part | p8-drop0.50@0,p8@0.5 minus the better \
-constant at 0.08, 0.32, 1.28 M: CIFAR-10 +0.1, -0.7, +1.0, Fashion-MNIST -1.0, +0.1, +0.3, shapes \
--2.2, -2.3 |
++26.9, +3.2, +3.3; at 1.28 M, seed 0, +16.5, +4.5, +6.7; LP on CIFAR-10, default recipe, +3.6 at \
+0.32 M, +6.8 at 1.28 M (2 seeds) |
+| constants win early and fall behind schedules | not seen yet | p8-drop0.50@0,p8@0.5 minus the \
+better constant, default recipe, at 0.08, 0.32, 1.28 M: CIFAR-10 +0.1, -0.7, +1.0, Fashion-MNIST \
+-1.0, +0.1, +0.3, shapes -2.2, -2.3; with chosen recipes at 1.28 M, seed 0: -0.4, -0.5, +0.1 |
 | the schedule of least CA-MSE beats constants | not beyond noise | CIFAR-10, 0.32 M: 41.9 +- 1.0, \
 p8 41.0 +- 0.8; the 0.3 M that measured it would gain more if spent on p8 |
 | 3.3 times with SimCLR | about, within noise | at 0.32 M, p8-drop0.50: 4.3, 3.3, 2.6, \
