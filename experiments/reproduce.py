@@ -11,12 +11,12 @@ earlier trials with seed 0 (tuning.md). `chosen` takes one for each strategy and
 the best mean 20-NN in `search`; a schedule that relaxes takes the recipe of its first strategy.
 Budgets are in millions of units (M).
 
-search          0.08 M, seeds 10 and 11: five recipes for none, p8 and p8-drop0.50, three sets
+search          0.08 M, seeds 10 and 11: five recipes for none, p8 and p8-drop0.50, three sets;
+                with SimCLR the first three recipes, without p8
 judge           seeds 0, 1, 2 with the chosen recipes: none at 0.32 M, the others at 0.02 to 0.32 M
-hindsight       none at 0.32 M with all five recipes, added after judge: was the best one chosen?
+hindsight       none at 0.32 M with all recipes, five added after judge: was the best one chosen?
 width           the same on two sets at width 192, depth 6, from 0.04 M on; recipes of width 64
-simclr-search   three recipes for none and p8-drop0.50: default, batches of 64, twice the jitter
-simclr          none at 0.32 M with the three, p8-drop0.50 at 0.04 to 0.32 M with its chosen one
+simclr          p8-drop0.50 at 0.04 to 0.32 M with its chosen recipe
 long            1.28 M, chosen recipes: none, p8, p8-drop0.50, and tokens dropped in the first half;
                 added after judge, none at 0.08 M, for the factor there
 longest         4 M on CIFAR-10, two seeds
@@ -70,26 +70,23 @@ Run = namedtuple('Run', 'dataset method schedule variant budget seed views')
 # default recipe, * the chosen one; others are parts joined by '-'. Views are full by default.
 STUDIES = {
     'search': """
-shapes fashion_mnist cifar10 | moco | none p8 p8-drop0.50 | - batch64 jitter2       | 0.08 | 10 11
-shapes fashion_mnist cifar10 | moco | none p8 p8-drop0.50 | crop0.6 jitter2-batch64 | 0.08 | 10 11
+shapes fashion_mnist cifar10 | moco   | none p8 p8-drop0.50 | - batch64 jitter2       | 0.08 | 10 11
+shapes fashion_mnist cifar10 | moco   | none p8 p8-drop0.50 | crop0.6 jitter2-batch64 | 0.08 | 10 11
+shapes fashion_mnist cifar10 | simclr | none p8-drop0.50    | - batch64 jitter2       | 0.08 | 10 11
 """,
     'judge': """
 shapes fashion_mnist cifar10 | moco | none           | * | 0.32                     | 0 1 2
 shapes fashion_mnist cifar10 | moco | p8 p8-drop0.50 | * | 0.02 0.04 0.08 0.16 0.32 | 0 1 2
 """,
     'hindsight': """
-shapes fashion_mnist cifar10 | moco | none | crop0.6 jitter2-batch64 | 0.32 | 0 1 2
-shapes fashion_mnist cifar10 | moco | none | - batch64 jitter2       | 0.32 | 0 1 2
+shapes fashion_mnist cifar10 | moco simclr | none | - batch64 jitter2       | 0.32 | 0 1 2
+shapes fashion_mnist cifar10 | moco        | none | crop0.6 jitter2-batch64 | 0.32 | 0 1 2
 """,
     'width': """
 fashion_mnist cifar10 | moco | none           | width192-* | 0.32                | 0 1 2
 fashion_mnist cifar10 | moco | p8 p8-drop0.50 | width192-* | 0.04 0.08 0.16 0.32 | 0 1 2
 """,
-    'simclr-search': """
-shapes fashion_mnist cifar10 | simclr | none p8-drop0.50 | - batch64 jitter2 | 0.08 | 10 11
-""",
     'simclr': """
-shapes fashion_mnist cifar10 | simclr | none        | - batch64 jitter2 | 0.32 | 0 1 2
 shapes fashion_mnist cifar10 | simclr | p8-drop0.50 | * | 0.04 0.08 0.16 0.32 | 0 1 2
 """,
     'long': """
@@ -151,14 +148,13 @@ def runs_of(study, records=()):
     return sorted(runs, key=lambda run: (run.budget, run.seed))
 
 
-def searched(records, dataset, schedule, method='moco'):
-    """[(recipe, mean 20-NN)] of a search, the best one first."""
-    kind = dataset, method, schedule.split('@')[0]
+def searched(records, dataset, schedule, method='moco', study='search'):
+    """[(recipe, mean 20-NN)] of the runs of a study under a strategy, the best one first."""
     found = {record['name']: record['knn'] for record in records}
     scores = defaultdict(list)
-    for run in runs_of('search') + runs_of('simclr-search'):
+    for run in runs_of(study):
         name = name_of(run)
-        if run[:3] == kind:
+        if run[:3] == (dataset, method, schedule):
             if name not in found:
                 raise ValueError(f'{name} is not in the results; run its search, then collect')
             scores[run.variant].append(found[name])
@@ -168,7 +164,7 @@ def searched(records, dataset, schedule, method='moco'):
 
 def chosen(records, dataset, schedule, method='moco', size=''):
     """The recipe with the best mean of its search, behind the size of a larger network."""
-    recipe, _ = searched(records, dataset, schedule, method)[0]
+    recipe, _ = searched(records, dataset, schedule.split('@')[0], method)[0]
     return f'{size}-{recipe}'.strip('-')
 
 
@@ -334,7 +330,7 @@ def crossing(points, target):
 
 
 def speed_up(base, fast, budget, factor=1.0):
-    """'6.1 +- 0.4' if every seed has a number, else what each says: '> 4.0, 6.1, not reached'.
+    """`summary` if every seed has a number, else what each says: '> 4.0, 6.1, not reached'.
 
     base, fast: {budget: {seed: record}} of uncompressed and compressed runs. The numbers are
     divided by factor. '' if nothing shorter than the uncompressed runs was run.
@@ -349,12 +345,24 @@ def speed_up(base, fast, budget, factor=1.0):
             if ratio and not bound:
                 exact.append(ratio)
             texts.append(f'{"> " * bound}{ratio:.1f}' if ratio else 'not reached')
-    if len(exact) == len(texts) > 1:
-        return f'{mean(exact):.1f} +- {stdev(exact):.1f}'
+    if exact and len(exact) == len(texts):
+        return summary(exact)
     return ', '.join(texts)
 
 
+def summary(values):
+    """'6.1 +- 0.4': mean and standard deviation over seeds. '6.1 (2)' of fewer than three."""
+    spread = f'+- {stdev(values):.1f}' if len(values) > 2 else f'({len(values)})'
+    return f'{mean(values):.1f} {spread}'
+
+
 # ---------------------------------------------------------------- tables
+
+SIDES = [(*side.split(), dataset)
+         for side in ('moco none', 'moco p8', 'moco p8-drop0.50', 'moco p8-drop0.50@0,p8@0.5',
+                      'simclr none', 'simclr p8-drop0.50')
+         for dataset in TITLES]
+
 
 def table(head, cells):
     """The data sets as columns, without empty rows. cells: {(first columns, data set): text}"""
@@ -367,10 +375,10 @@ def table(head, cells):
 
 def unit_seconds(records, dataset, schedule, size=''):
     """Of the chosen recipe: the least of the runs that were made together, on one machine."""
-    kind = dataset, schedule, chosen(records, dataset, schedule, size=size)
+    kind = 'moco', dataset, schedule, chosen(records, dataset, schedule, size=size)
     return min(run['seconds'] / run['units'] for run in records
                if run['study'] in ('search', 'judge', 'width')
-               and itemgetter('dataset', 'schedule', 'variant')(run) == kind)
+               and itemgetter('method', 'dataset', 'schedule', 'variant')(run) == kind)
 
 
 def mean_knn(by_seed):
@@ -379,9 +387,8 @@ def mean_knn(by_seed):
 
 def hindsight(records, dataset, method='moco'):
     """Uncompressed runs of the recipe that turns out to be the best at 0.32 M."""
-    tried = [select(records, dataset, method, 'none', recipe)[0.32]
-             for recipe, _ in searched(records, dataset, 'none', method)]
-    return {0.32: max(tried, key=mean_knn)}
+    best, _ = searched(records, dataset, 'none', method, 'hindsight')[0]
+    return {0.32: select(records, dataset, method, 'none', best)[0.32]}
 
 
 def first_table(records, schedule, title, size=''):
@@ -406,27 +413,26 @@ def first_table(records, schedule, title, size=''):
 
 
 def search_table(records):
-    """Mean 20-NN of every recipe in its search; the first one is chosen."""
+    """Mean 20-NN of every recipe, the best first: of the searches, and of what seeds 0 to 2 say."""
     cells = {}
-    sides = 'moco none', 'moco p8', 'moco p8-drop0.50', 'simclr none', 'simclr p8-drop0.50'
-    for side, dataset in product(sides, TITLES):
-        method, schedule = side.split()
-        cells[method, schedule, dataset] = ', '.join(
-            f'{recipe or "default"} {score:.1f}'
-            for recipe, score in searched(records, dataset, schedule, method))
-    return table(['method', 'strategy'], cells)
+    for method, schedule, dataset in SIDES:
+        for budget, study in ((0.08, 'search'), (0.32, 'hindsight')):
+            cells[method, schedule, budget, dataset] = ', '.join(
+                f'{recipe or "default"} {score:.1f}'
+                for recipe, score in searched(records, dataset, schedule, method, study))
+    return table(['method', 'strategy', 'M units'], cells)
 
 
 def speed_up_table(records):
     """Chosen recipes on both sides / at 0.32 M, the best uncompressed recipe in hindsight."""
     cells = {}
-    sides = 'moco p8', 'moco p8-drop0.50', 'moco p8-drop0.50@0,p8@0.5', 'simclr p8-drop0.50'
-    for side, budget, dataset in product(sides, (0.08, 0.32, 1.28, 4.0), TITLES):
-        method, schedule = side.split()
+    for method, schedule, dataset in SIDES:
         base, fast = tuned(records, dataset, 'none', schedule, method=method)
-        factors = [speed_up(slow, fast, budget)
-                   for slow in (base, hindsight(records, dataset, method))]
-        cells[method, schedule, budget, dataset] = ' / '.join(filter(None, factors))
+        best = hindsight(records, dataset, method)
+        for budget in (0.08, 0.32, 1.28, 4.0):
+            if schedule != 'none':
+                cells[method, schedule, budget, dataset] = ' / '.join(filter(
+                    None, [speed_up(slow, fast, budget) for slow in (base, best)]))
     return table(['method', 'strategy', 'M units'], cells)
 
 
@@ -445,23 +451,18 @@ def verdict_table(records):
 
 
 def score_table(records):
-    """Means over seeds: '50.2 (3), LP 60.0 (1)'. Below 1 M three seeds are needed."""
-    kind = itemgetter('method', 'schedule', 'variant', 'budget', 'dataset')
-    groups = defaultdict(list)
-    for record in records:
-        if record['views'] != 'small':
-            groups[kind(record)].append(record)
+    """20-NN with the chosen recipe at every budget, and what else was scored."""
     cells = {}
-    for key, runs in sorted(groups.items()):
-        budget = key[3]
-        if budget > 1 or (budget >= 0.32 and len(runs) > 2):
+    for method, schedule, dataset in SIDES:
+        runs, = tuned(records, dataset, schedule, method=method)
+        for budget, by_seed in runs.items():
             texts = []
             for score, title in (('knn', ''), ('linear', 'LP '), ('finetune', 'FT ')):
-                values = [run[score] for run in runs if score in run]
+                values = [run[score] for run in by_seed.values() if score in run]
                 if values:
-                    texts.append(f'{title}{mean(values):.1f} ({len(values)})')
-            cells[key] = ', '.join(texts)
-    return table(['method', 'strategy', 'recipe', 'M units'], cells)
+                    texts.append(title + summary(values))
+            cells[method, schedule, budget, dataset] = ', '.join(texts)
+    return table(['method', 'strategy', 'M units'], cells)
 
 
 def tables(args):
@@ -485,13 +486,12 @@ PAGE = """# Results
 `python experiments/reproduce.py tables` writes this page from {runs} runs; edits are lost.
 
 A unit is one forward pass of the uncompressed encoder on one image; M is a million units. The
-network is a ViT of width 64 and depth 4 at 32 px with patches of 4 px, unless a recipe says
-otherwise. 20-NN is the percentage of test images whose class their 20 nearest training images name,
-with uncompressed features. Before training it is 34.1 on shapes, 67.9 on Fashion-MNIST and 30.0 on
-CIFAR-10, here a JPEG copy. A score has a sampling error of 0.6 to 1.0 points. +- is the standard
-deviation over seeds; with 3 seeds a 95 % interval reaches 2.5 of them to each side. Runs up to
-commit 8693537 rendered all pixels (views full); `python experiments/reproduce.py run STUDY` makes
-the later ones.
+network is a ViT of width 64 and depth 4 at 32 px with patches of 4 px. 20-NN is the percentage of
+test images whose class their 20 nearest training images name, with uncompressed features. Before
+training it is 34.1 on shapes, 67.9 on Fashion-MNIST and 30.0 on CIFAR-10, here a JPEG copy. A score
+has a sampling error of 0.6 to 1.0 points. +- is the standard deviation over seeds; with 3 seeds a
+95 % interval reaches 2.5 of them to each side. Runs up to commit 8693537 rendered all pixels (views
+full); `python experiments/reproduce.py run STUDY` makes the later ones.
 
 - [runs.jsonl](runs.jsonl): a line for each run: command, versions, machine, scores
 - [first-commands.log](first-commands.log): what the two commands at the top of the README print
@@ -509,33 +509,33 @@ the later ones.
 Of five recipes each side takes the one with the best mean in the search (0.08 M, seeds 10 and 11),
 and seeds 0 to 2 judge. The search favors `p8`, which is as good as the uncompressed run of 0.32 M
 at 0.05 to 0.18 M, nearer to the budget of the search. The last row makes up for that: its
-uncompressed runs have the recipe with the best mean on the judged seeds themselves, twice the
-jitter on shapes (68.9), the chosen one on Fashion-MNIST (76.8), crops from 0.6 of the area on
-CIFAR-10 (38.3); `p8` keeps its own. With SimCLR these are batches of 64, twice the jitter and
-batches of 64. That the seeds agree on CIFAR-10 (3.2 +- 0.0) is chance: the sampling error of a
-score alone moves a factor by a fifth. The uncompressed runs of CIFAR-10 and one of `p8` are of
-earlier days and other machines. The machine matters as much as the seed: six uncompressed runs that
-were made again (`again` below) differ by -0.8, +0.8, -0.7 on CIFAR-10 and by +2.1, -3.3, +0.6 on
-shapes, where the standard deviation over seeds is 0.6 and 3.5.
+uncompressed runs have the recipe with the best mean on the judged seeds themselves, `p8` keeps its
+own. That the seeds agree on CIFAR-10 (3.2 +- 0.0) is chance: the sampling error of a score alone
+moves a factor by a fifth. The uncompressed runs of CIFAR-10 and one of `p8` are of earlier days and
+other machines. The machine matters as much as the seed: six uncompressed runs that were made again
+differ by -0.8, +0.8, -0.7 on CIFAR-10 and by +2.1, -3.3, +0.6 on shapes, where the standard
+deviation over seeds is 0.6 and 3.5.
 
 Seconds are units times the seconds of a unit, which for `p8` are 1.24, 1.07 and 1.16 times those of
 an uncompressed one: the least among the runs of search and judge, since the machine was busy in
 others. The ratios are good to about a tenth, which +- leaves out; bench.md, in turns, has 1.08.
 
-The search, mean 20-NN, the chosen recipe first: batches of 64 (default 128), color jitter of twice
-the strength, crops from 0.6 of an image's area on (0.2). SimCLR has three recipes:
+The search (0.08 M): mean 20-NN, the chosen recipe first; and uncompressed runs of the judging seeds
+(0.32 M), the best in hindsight first. batch64: batches of 64 (default 128), jitter2: color jitter
+of twice the strength, crop0.6: crops from 0.6 of an image's area on (0.2). SimCLR has three
+recipes.
 
 {search}
 
 ## Speed-up at equal accuracy: chosen recipes / best uncompressed recipe in hindsight
 
 The budget of an uncompressed run, divided by the budget at which compressed runs of the same seed
-reach its 20-NN, interpolated in the logarithm of the budget. +-: of the seeds; with commas, a value
-for each seed; one alone is of seed 0. `>`: even the shortest compressed run is better. At 0.32 M
-the value behind the slash is against the best recipe in hindsight. SimCLR's 0.6 is of one
-uncompressed run, which has 76.3 at 0.08 and at 0.32 M. With the default recipe on both sides
-MoCo-v3's `p8` has at 0.32 M > 16.0 (an uncompressed run that is worse than at 0.16 M), 8.0, 8.8 by
-seed on shapes, 6.1 +- 1.8 on Fashion-MNIST, 2.1 +- 0.2 on CIFAR-10. DINO was not searched.
+reach its 20-NN, interpolated in the logarithm of the budget. (1): of seed 0 alone; with commas: a
+value for each seed; `>`: even the shortest compressed run is better. At 0.32 M the value behind the
+slash is against the best recipe in hindsight. SimCLR's 0.6 is of one uncompressed run, which has
+76.3 at 0.08 and at 0.32 M. With the default recipe on both sides MoCo-v3's `p8` has at 0.32 M more
+than 16.0 (an uncompressed run that is worse than at 0.16 M), 8.0, 8.8 by seed on shapes, 6.1 +- 1.8
+on Fashion-MNIST, 2.1 +- 0.2 on CIFAR-10. DINO was not searched.
 
 {speed_ups}
 
@@ -602,11 +602,10 @@ Seconds are behind units at width 64: by 6 to 19 % with p8 and MoCo-v3, 10 to 25
 18 to 25 % with SimCLR, 29 % with DINO. At width 192 a unit costs the same. The second command of
 the README ends at 50.2 to 61.4 %, the first at 80 to 86.
 
-## Runs: mean 20-NN (seeds), linear probe (LP) and fine-tuning on 10,000 images (FT)
+## Scores with the chosen recipes
 
-Listed are runs from 0.32 M on, and below 1 M what has three seeds. An empty recipe is the default;
-views are full. [runs.jsonl](runs.jsonl) has all runs, those with one or two seeds too that are
-cited above; [tuning.md](tuning.md) tells of most settings.
+Mean and standard deviation of 20-NN over seeds; (1), (2): of fewer than three.
+[runs.jsonl](runs.jsonl) has all runs; [tuning.md](tuning.md) tells of other settings.
 
 {scores}
 """
