@@ -225,7 +225,7 @@ def headline():
                 label=label,
                 markersize=9 if marker == '*' else 4)
         axis.set(
-            title=f'{title}\np8: {speed_up(best, fast, 0.32)} times fewer',
+            title=f'{title}\n{speed_up(best, dropped, 0.32)} times fewer units',
             xlabel='million units',
             xscale='log')
         ticks = [0.02, 0.08, 0.32, 1.28]
