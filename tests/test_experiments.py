@@ -157,17 +157,6 @@ def test_a_dry_run_prints_training_and_both_scores(stub, capsys):
 
 # ---- tables
 
-def test_small_and_full_views_are_compared_seed_by_seed():
-    """Gains of 1 and 3: 2 +- sqrt(2) / sqrt(2). Seed 5 has no partner."""
-    assert '| p8 | 0.08 | +2.0 +- 1.0 (2) |  |  |' in reproduce.verdict_table(records("""
-        p8 - full  0.08 0 50
-        p8 - full  0.08 1 51
-        p8 - small 0.08 0 51
-        p8 - small 0.08 1 54
-        p8 - small 0.08 5 99
-    """))
-
-
 def test_scores_are_those_of_the_chosen_recipe_with_spread_and_number_of_seeds(monkeypatch):
     """Three seeds have a deviation. Small views and seeds that choose are left out."""
     runs = records("""
