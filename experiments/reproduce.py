@@ -551,8 +551,8 @@ every set with every seed; what is best at a quarter of the budget loses 0.6 poi
 
 The budget of an uncompressed run, divided by the budget at which compressed runs of the same seed
 reach its 20-NN, interpolated in the logarithm of the budget. With commas: a value for each seed;
-`>`: even the shortest compressed run is better; (1): of seed 0 alone. Hindsight, behind the slash,
-is known at 0.32 M alone.
+`>`: even the shortest compressed run is better; (1), (2): of so many seeds. Hindsight, behind the
+slash, is known at 0.32 M alone.
 
 {speed_ups}
 
@@ -587,8 +587,8 @@ and 1.04 times as long as an uncompressed one, by runs that had the machine to t
 - [headline.png](headline.png), [compression.png](compression.png), [gradstats.png](gradstats.png),
   [curves.png](curves.png), [neighbours.png](neighbours.png): `python experiments/pictures.py NAME`.
   The titles of headline.png compare p8-drop0.50 with the star, the best recipe in hindsight; its
-  points at 1.28 M have seed 0 alone; an arrow of curves.png joins the places where two curves first
-  reach the end of the lower one
+  points at 1.28 M have fewer than three seeds; an arrow of curves.png joins the places where two
+  curves first reach the end of the lower one
 - [gradstats.jsonl](gradstats.jsonl): gradient errors of an uncompressed run of 0.16 M on CIFAR-10
 - [bench.md](bench.md): speed. [tuning.md](tuning.md): which settings, schedules and rules were
   tried, and small views
