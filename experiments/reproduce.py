@@ -15,9 +15,9 @@ search          0.08 M, seeds 10 and 11: five recipes for none, p8 and p8-drop0.
                 with SimCLR the first three recipes, without p8
 judge           seeds 0, 1, 2 with the chosen recipes: none at 0.32 M, the others at 0.02 to 0.32 M
 hindsight       none at 0.32 M with all recipes: was the best one chosen? (MoCo-v3: after judge)
-width           the same on two sets at width 192, depth 6, from 0.04 M on; recipes of width 64
-simclr          p8-drop0.50 at 0.04 to 0.32 M with its chosen recipe; added after it, 0.02 M, and none
-                at 0.08 M
+width           judge on two sets at width 192, depth 6, from 0.04 M on; recipes of width 64
+simclr          p8-drop0.50 at 0.04 to 0.32 M with its chosen recipe; added after it,
+                0.02 M, and none at 0.08 M
 long            1.28 M, chosen recipes: none, p8, p8-drop0.50, and tokens dropped in the first half;
                 added after judge, none at 0.08 M, for the factor there
 longest         4 M on CIFAR-10, two seeds
