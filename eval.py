@@ -195,14 +195,14 @@ def fit_linear(x, y, classes, rates, epochs, seed=0, batch_size=256):
     return weight
 
 
-RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)    # per 256 normalized features
+RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)    # for batches of 256 features
 
 
 def linear_sweep(train, test, classes, device, epochs=50, seed=0):
     """(percent correct on test, chosen rate, {rate: percent correct on held-out images}).
 
-    train, test: (features (n d), labels (n)). A random tenth of the training images chooses the
-    rate, which then trains once more, on all of them.
+    train, test: (features (n d), labels (n)). The rate is chosen on a random tenth of the
+    training images; the probe is then trained again, on all of them.
     """
     mean = train[0].mean(dim=0)
     std = (train[0].var(dim=0) + 1e-6).sqrt()
@@ -258,7 +258,7 @@ def training_batches(data, ids, setting, recipe, seed):
 def finetune(encoder, data, ids, setting, recipe, seed=0):
     """(encoder, linear layer, mean loss of each epoch): a copy, trained on the images `ids`.
 
-    All weights train, even a patch projection that pretraining kept fixed; a sin-cos table is none.
+    All weights train, even a patch projection that pretraining kept fixed, but no sin-cos table.
     """
     encoder = copy.deepcopy(encoder).requires_grad_(True).train()
     encoder.pos_embed.requires_grad_(encoder.config['pos_embed'] == 'learned')

@@ -42,7 +42,7 @@ import torch
 
 @dataclass(frozen=True)
 class GradStats:
-    """Estimates with their standard errors, in units of the squared gradient; cosine has none.
+    """Estimates with their standard errors, in units of the squared gradient; cosine has no unit.
 
     norm2 = || E g_tau0 ||^2, for scale. cosine is NaN where a squared norm is lost in noise.
     """

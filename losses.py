@@ -175,7 +175,7 @@ def mlp_head(widths, last_norm):
     """Linear, BatchNorm, ReLU, ..., Linear.
 
     last_norm: as in MoCo-v3, a BatchNorm without affine part follows. Then no layer has a bias:
-    the BatchNorm behind it would take it off again.
+    the BatchNorm after it would subtract it again.
     """
     layers = []
     for a, b in zip(widths, widths[1:]):
@@ -269,7 +269,7 @@ class Branches(nn.Module):
 
 
 def tiled(images, patch_size):
-    """Views rendered for the uncompressed key (224 px), at the side that patches tile (30: 210)."""
+    """Views of the uncompressed key (224 px), resized to a whole number of patches (30: 210 px)."""
     # rounded as compress.patches_per_side does it; to the same sides nothing changes
     sides = []
     for side in images.shape[2:]:
@@ -335,7 +335,7 @@ class MoCo(Branches):
 
 
 class SimCLR(Branches):
-    """SimCLR with SLIP's head for a ViT. Both views carry gradient; the first one is compressed.
+    """SimCLR with SLIP's head for a ViT. Both views carry gradient; the first alone drops tokens.
 
     The head runs once per view, since the views can differ in tokens.
     """
@@ -440,7 +440,7 @@ class DINO(Branches):
 
     @torch.no_grad()
     def before_step(self, largest=3.0):
-        """Clips the gradient of each parameter by its own norm, and lets a frozen layer rest."""
+        """Clips the gradient of each parameter by its own norm; a frozen last layer gets none."""
         for parameter in self.parameters():
             if parameter.grad is not None:
                 factor = largest / (parameter.grad.norm() + 1e-6)

@@ -12,11 +12,11 @@ budget is spent, and every schedule (learning rate, momentum, weight decay,
 teacher temperature, compression) runs on progress = spent / budget.
 
 A run leaves in runs/NAME/: args.json, log.jsonl (a line for ten steps, or for a
-score), checkpoint.pt (all that --resume needs), backbone.pt (the encoder in
-timm's names) and, if asked for, gradstats.jsonl. A killed run goes on from its
-last checkpoint and computes the same bits: every random draw has a key such as
-(seed, rank, step). SIGTERM, SIGINT, SIGHUP and SIGUSR1 finish the step and
-save; a second signal ends the run at once.
+score), checkpoint.pt (for --resume), backbone.pt (the encoder in timm's names)
+and, if asked for, gradstats.jsonl. A killed run goes on from its last checkpoint
+and computes the same bits: every random draw has a key such as (seed, rank,
+step). SIGTERM, SIGINT, SIGHUP and SIGUSR1 finish the step and save; a second
+signal ends the run at once.
 """
 import argparse
 import contextlib
@@ -36,8 +36,8 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
-# OpenMP's threads spin between the many small regions of a step. Beside one busy process that made
-# a step 4 to 8 times slower, so bounded twice, and on an idle machine at most a fifth slower.
+# OpenMP's threads spin between the many small regions of a step. Beside one busy process that makes
+# a step 4 to 8 times slower; with this bound 2 times. An idle machine loses at most a fifth.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import torch
@@ -103,9 +103,9 @@ def build_parser():
         help="shapes is rendered, folder is any tree of images, torchvision's are fetched")
     add('--data-root', default='data', help='folder of the data set')
     add('--img-size', type=positive(int), default=32, help='side of the views, px (paper: 224)')
-    add('--local-crops', type=positive(int), default=0, help='of DINO (official: 8)')
+    add('--local-crops', type=positive(int), default=0, help='number, of DINO alone (official: 8)')
     add('--crop-scale', type=positive(float), help='smallest area of a global crop')
-    add('--jitter', type=float, default=1, help='factor on the strength of the color jitter')
+    add('--jitter', type=float, default=1, help='factor on the strength of the colour jitter')
     add('--workers', type=int, default=2, help='loader processes, for images in files')
 
     add = parser.add_argument_group('encoder').add_argument
@@ -119,10 +119,10 @@ def build_parser():
     add('--method', default='moco', choices=METHODS, help='the defaults shown are those of moco')
     add('--hidden', type=positive(int), default=512, help='width of heads (MoCo-v3: 4096)')
     add('--out-dim', type=positive(int), help='outputs of the heads (DINO: 65536)')
-    add('--temperature', type=positive(float), help='of the loss (DINO, of the student: 0.1)')
+    add('--temperature', type=positive(float), help="of the loss (DINO's student: 0.1)")
     add('--symmetric', action='store_true', help='MoCo-v3: both directions, twice the cost')
     add('--momentum', type=float, help='of the teacher at the start, 1 at the end')
-    add('--center-momentum', type=float, default=0.5, help='of DINO (official: 0.9)')
+    add('--center-momentum', type=float, default=0.5, help="of DINO's center (official: 0.9)")
 
     add = parser.add_argument_group('compression').add_argument
     add('--schedule', default='default',
@@ -130,25 +130,27 @@ def build_parser():
              'size, half of the tokens')
     add('--views', default='full', choices=('full', 'small'),
         help='small: larger patches are rendered at the pixels that the encoder reads; faster')
-    add('--drop-branch', default='query', choices=('query', 'both'), help='who drops tokens')
+    add('--drop-branch', default='query', choices=('query', 'both'),
+        help='which branches drop tokens')
     add('--patch-branch', default='both', choices=('query', 'both'),
-        help='who sees larger patches; query: the key stays uncompressed')
+        help='which branches see larger patches; query: the key stays uncompressed')
     add('--budget', type=positive(float), default=0.16,
         help='millions of units (paper: 25 to 200, ImageNet-1k 300 to 6150)')
 
     add = parser.add_argument_group('gradient errors').add_argument
     add('--gradstats', type=points, default=[],
-        metavar='P,P,...', help='measure them at these points of progress, beside the budget')
+        metavar='P,P,...', help='measure them at these points of progress, outside the budget')
     add('--grid', metavar='TAU,TAU,...',
         help='strategies (default: 1, 2, 4 times the patch size, drop rates 0 and 0.5)')
-    add('--probe-batches', type=positive(int), default=24, help='a multiple of 4')
+    add('--probe-batches', type=positive(int), default=24, help='of a measurement, a multiple of 4')
     add('--metric', default='adam', choices=('euclidean', 'adam'),
         help='of the error; adam divides by the root of its second moment')
 
     add = parser.add_argument_group('optimization').add_argument
     add('--batch-size', type=positive(int), help='over all processes (MoCo-v3: 4096)')
     add('--lr', type=positive(float), help='peak, per 256 images (MoCo-v3: 1.5e-4, DINO: 5e-4)')
-    add('--lr-schedule', default='cosine', choices=('cosine', 'polynomial'), help='or 1 - p^2')
+    add('--lr-schedule', default='cosine', choices=('cosine', 'polynomial'),
+        help='polynomial: 1 - progress^2')
     add('--warmup', type=float, default=0.1, help='progress over which the rate rises')
 
     add = parser.add_argument_group('run').add_argument
@@ -191,7 +193,7 @@ def parse_args(argv=None):
         raise ValueError(f'--gradstats {args.gradstats} and --warmup {args.warmup} are progress: '
                          f'from 0 to 1, a warmup below 1')
     if args.local_crops and args.method != 'dino' or args.symmetric and args.method != 'moco':
-        raise ValueError('--local-crops is of --method dino, --symmetric of moco')
+        raise ValueError('--local-crops needs --method dino, --symmetric needs moco')
     return args, checkpoint
 
 
@@ -203,7 +205,7 @@ def build_encoder(args, in_chans):
                   freeze_patch_embed=args.freeze_patch_embed, **args.arch)
     if not args.init:
         return ViT(**config)
-    # of a resumed run the file of --init may be gone; its own backbone is of the same kind
+    # a resumed run reads its own backbone, since the file of --init may be gone
     weights = Path(args.resume) / 'backbone.pt' if args.resume else args.init
     encoder, _ = load_backbone(weights, args.arch['num_heads'])
     wrong = [f'{name} {encoder.config[name]}, not {config[name]}' for name in config
@@ -313,9 +315,9 @@ class State:
     step: int = 0
     units: float = 0.0                               # spent of the budget
     seen: float = -1.0                               # progress whose events have been dealt with
-    seconds: float = 0.0                             # of steps,
-    waiting: float = 0.0                             # of these, for data
-    warned: bool = False                             # of a collapse
+    seconds: float = 0.0                             # spent on steps,
+    waiting: float = 0.0                             # of which waiting for data
+    warned: bool = False                             # that the features have collapsed
 
 
 def join_processes(device):
@@ -345,9 +347,9 @@ def pick_device(name):
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that receives the number of a signal to stop. A second one does what Python does.
+    """A list that receives the number of a signal to stop. A second signal ends the process.
 
-    Not under torchrun, which passes on what a terminal or scheduler has sent to all processes.
+    Not so under torchrun, which repeats a signal that a terminal has already sent to all.
     """
     received = []
     before = {}
@@ -409,7 +411,7 @@ def collapse(metrics, outputs):
 def set_up(args, checkpoint=None):
     """All that a run needs, as one plain object, made in causal order."""
     run = SimpleNamespace(args=args, state=State(), budget=1e6 * args.budget)
-    if checkpoint:                                   # the number of threads decides the bits
+    if checkpoint:                                   # other threads would give other bits
         torch.set_num_threads(checkpoint['threads'])
     run.device = pick_device(args.device)
     run.rank, run.world = join_processes(run.device)
@@ -446,7 +448,7 @@ def set_up(args, checkpoint=None):
                 module.compile(dynamic=False)
     run.model = method
     if run.world > 1:
-        if run.device.type == 'cuda':                # gloo cannot: there each process has its own
+        if run.device.type == 'cuda':                # on the CPU each has its own statistics
             nn.SyncBatchNorm.convert_sync_batchnorm(method)
         run.model = DistributedDataParallel(method)
     run.optimizer = build_optimizer(method, args, run.device)
@@ -598,7 +600,7 @@ def loss_of(run, model, views, strategy, *key):
 # ---------------------------------------------------------------- now and then
 
 def log(run, loss, metrics, strategy, lr, momentum):
-    """A line of log.jsonl. Here, and not in each step, a GPU is waited for."""
+    """A line of log.jsonl. Here alone, not in each step, we wait for a GPU."""
     state = run.state
     loss = mean_over_ranks(loss.detach()).item()
     if not math.isfinite(loss):
@@ -694,7 +696,7 @@ def measure(run, point):
         append(run.folder / 'gradstats.jsonl', dict(
             progress=point,
             strategy=str(tau),
-            # relative to the uncompressed one: how many batches one batch pays for
+            # of a batch; an uncompressed one costs 1 and pays for 1 / cost of these
             cost=run.cost[tau] / run.cost[run.base],
             **dataclasses.asdict(stat),
             metric=args.metric,
@@ -732,7 +734,7 @@ def save_run(run):
 
 
 def now_and_then(run, stopping=False):
-    """Scores, gradient errors and checkpoints that are due. What is due at a stop is left to it."""
+    """Scores, gradient errors and checkpoints that are due. A stop leaves the rest to --resume."""
     args, state = run.args, run.state
     progress = progress_of(run)
 

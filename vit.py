@@ -16,7 +16,7 @@ heads, r tokens before the patches (the class token, and registers).
     features = encoder(images)                                 # b 3 224 224 -> b d, 196 patches
     features = encoder(images, patch_size=32, drop_rate=0.5)   # 24 of 49 patches
 
-    model = timm.create_model('vit_small_patch16_224', num_classes=0)      # any ViT of timm's
+    model = timm.create_model('vit_small_patch16_224', num_classes=0)      # or another plain ViT
     tokens = forward_features(model, images, patch_size=32, drop_rate=0.5)
 
 Parameters are named and shaped as in timm, so weights move to and from timm, MoCo-v3, DINO and MAE
@@ -120,7 +120,7 @@ UNSUPPORTED = dict(
 
 
 def check_supported(vit):
-    """Refuses, by its name, what the tokens above would leave out in silence."""
+    """Refuses a network that forward_features would compute wrongly, and names the reason."""
     found = [what for name, what in UNSUPPORTED.items() if getattr(vit, name, None) is not None]
     if re.search('rel_pos|relative_position', ' '.join(vit.state_dict())):
         found.append('relative positions')
@@ -284,7 +284,7 @@ vit_base = partial(ViT, **SIZES['vit_base'])
 # ---------------------------------------------------------------- weights of others
 
 # Where the encoder lies in a file: the path of the dictionaries, then the prefix of its names. The
-# first that fits is taken; its authors evaluate this one where a file holds two.
+# first match wins: of a file with two encoders, that is the one its authors evaluate.
 LAYOUTS = dict(
     DINO=('teacher', 'backbone.'),
     moco_v3=('state_dict', 'module.base_encoder.'),

@@ -1,4 +1,4 @@
-"""Speed tables: CPU time, one thread, what is compared in turns in one process, medians.
+"""Speed tables: median CPU time of one thread; what is compared takes turns in one process.
 
     python experiments/bench.py step                      # a training step, beside lightly's
     python experiments/bench.py loader --image photo.jpg  # views of photos; cores for one GPU
@@ -116,7 +116,7 @@ def loader(args):
     photo = Image.open(args.image)
     print('| JPEG | strategy, views | worker, ms an image | device, ms | times faster than '
           "torchvision's transforms | images/s of ViT-B on one GPU (computed) | cores that feed it "
-          '(computed) | of torchvision |\n|---|---|---|---|---|---|---|---|')
+          '(computed) | with torchvision |\n|---|---|---|---|---|---|---|---|')
     for w, h in ((500, 375), (2000, 1500)):
         file = tempfile.NamedTemporaryFile(suffix='.jpg')
         photo.resize((w, h)).save(file.name, quality=90)

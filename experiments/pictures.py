@@ -71,12 +71,13 @@ def seen(photo, tau):
 
 
 def units(tau, side=224, base=16, width=768, depth=12, heads=((), ())):  # noqa: PLR0913
-    """Of a sample of MoCo-v3: query forward and backward, key forward, and their heads."""
-    sizes = 3 * base ** 2, width, depth
+    """Cost of a sample of MoCo-v3, full views: query forward and backward, key forward, heads."""
     n = patches_per_side(side, tau.patch_size) ** 2
-    query = pass_flops(num_keep(n, tau.drop_rate), *sizes, head=heads[0], trains=True)
-    key = pass_flops(n, *sizes, head=heads[1])
-    return (query + key) / pass_flops((side // base) ** 2, *sizes)
+    pixels = 3 * tau.patch_size ** 2
+    query = pass_flops(num_keep(n, tau.drop_rate), pixels, width, depth, head=heads[0],
+                       trains=True)
+    key = pass_flops(n, pixels, width, depth, head=heads[1])
+    return (query + key) / pass_flops((side // base) ** 2, 3 * base ** 2, width, depth)
 
 
 def compression(image=RESULTS.with_name('cat.jpg')):
@@ -95,7 +96,7 @@ def compression(image=RESULTS.with_name('cat.jpg')):
         axis.set_xlabel(f'{tau}\n{tokens} tokens, {units(tau):.2f} units')
     axes[0, 0].set_ylabel('token dropout:\na random part of the patches')
     axes[1, 0].set_ylabel('patch scaling: larger patches,\neach read as 16 x 16 pixels')
-    figure.supxlabel('units of compute of a training sample: MoCo-v3, ViT-B at 224 px', fontsize=8)
+    figure.supxlabel('units of compute of a training sample: MoCo-v3, ViT-B at 224 px')
     return figure
 
 
@@ -119,7 +120,7 @@ def curves(*runs):
         target = min(y[-1] for _, y in lines)
         ends = sorted(np.interp(target, np.maximum.accumulate(y), x) for x, y in lines)
         axis.annotate('', (ends[0], target), (ends[-1], target),
-                      arrowprops=dict(arrowstyle='-|>', color='0.2', shrinkA=2, shrinkB=0))
+                      arrowprops=dict(arrowstyle='-|>', color='0.2', shrinkB=0))
         axis.set(title=f'{ends[-1] / ends[0]:.1f} times fewer {clock}', xlabel=clock)
         axis.locator_params(axis='x', nbins=4)
     axes[0].set_ylabel('20-NN accuracy, %')
@@ -166,7 +167,7 @@ def neighbours(run, data_root='data'):
         features = [encoder(normalize(part, info['mean'], info['std'])) for part in pictures]
         axes = half.subplots(len(pictures[0]), 6)
         draw_neighbours(axes, *map(torch.cat, (features, labels, pictures)), title)
-    figure.supxlabel('on the left test images; framed: a neighbour of another class', fontsize=8)
+    figure.supxlabel('on the left test images; framed: a neighbour of another class')
     return figure
 
 

@@ -6,9 +6,9 @@
 
 Protocol, written down before the runs. Both sides are tuned alike: the same recipes, as many runs,
 and the seeds that choose do not judge. The recipes are the default, batches of 64, twice the
-color jitter, crops from 0.6 of the area on, and twice the jitter with batches of 64, taken from
-earlier trials with seed 0 (tuning.md). `chosen` takes one for each strategy and data set, that of
-the best mean 20-NN in `search`; a schedule that relaxes takes the recipe of its first strategy.
+colour jitter, crops of at least 0.6 of the area, and twice the jitter with batches of 64, taken
+from earlier trials with seed 0 (tuning.md). `chosen` takes one for each strategy and data set, that
+of the best mean 20-NN in `search`; a schedule of several stages takes that of its first strategy.
 Budgets are in millions of units (M).
 
 search          0.08 M, seeds 10 and 11: five recipes for none, p8 and p8-drop0.50, three sets;
@@ -16,8 +16,8 @@ search          0.08 M, seeds 10 and 11: five recipes for none, p8 and p8-drop0.
 judge           seeds 0, 1, 2 with the chosen recipes: none at 0.32 M, the others at 0.02 to 0.32 M
 hindsight       none at 0.32 M with all recipes: was the best one chosen? (MoCo-v3: after judge)
 width           judge on two sets at width 192, depth 6, from 0.04 M on; recipes of width 64
-simclr          p8-drop0.50 at 0.04 to 0.32 M with its chosen recipe; added after it,
-                0.02 M, and none at 0.08 M
+simclr          p8-drop0.50 at 0.04 to 0.32 M with its chosen recipe; added later,
+                0.02 M, and none (uncompressed) at 0.08 M
 long            1.28 M, chosen recipes: none, p8, p8-drop0.50, and tokens dropped in the first half;
                 added after judge, none at 0.08 M, for the factor there; added after the other
                 runs, none at 1.28 M with the recipes that hindsight found to be better
@@ -29,7 +29,7 @@ gpu             ViT-Ti on a GPU
 paper           ViT-B on ImageNet-1k at the paper's budgets, schedules of ours: never run here; in
                 the commands of --dry-run put torchrun --nproc_per_node 8 in the place of python
 
-What comes after a search needs it collected. Finished and recorded runs are skipped, interrupted
+Collect the search before its other studies. Finished and recorded runs are skipped, interrupted
 ones go on. shapes needs no files; below --data-root lie Fashion-MNIST as torchvision keeps it, and
 CIFAR-10 as files, cifar10/train/CLASS/*.jpg and cifar10/test/CLASS/*.jpg.
 
@@ -380,7 +380,7 @@ def table(head, cells):
 
 
 def unit_seconds(records, dataset, schedule, size=''):
-    """Of the chosen recipe: the least of the runs that were made together, on one machine."""
+    """Of a unit with the chosen recipe: the least of the runs made together on one machine."""
     kind = 'moco', dataset, schedule, chosen(records, dataset, schedule, size=size)
     return min(run['seconds'] / run['units'] for run in records
                if run['study'] in ('search', 'judge', 'width')
@@ -407,8 +407,8 @@ def compared(records, dataset, schedule, size=''):
     return {
         'uncompressed, %': f'{mean_knn(base[0.32]):.1f}',
         'compressed, the same budget, %': f'{mean_knn(fast[0.32]):.1f}',
-        'compressed is as good with so many times fewer units': speed_up(base, fast, 0.32),
-        'and so many times fewer seconds (estimate)':
+        'times fewer units at equal accuracy': speed_up(base, fast, 0.32),
+        'times fewer seconds at equal accuracy (estimate)':
             speed_up(base, fast, 0.32, seconds[0] / seconds[1]),
     }
 
@@ -420,7 +420,7 @@ def first_table(records):
         rows = compared(records, dataset, 'p8-drop0.50')
         fast, = tuned(records, dataset, 'p8-drop0.50')
         best = hindsight(records, dataset)
-        rows['fewer units against the best recipe in hindsight (its %)'] = (
+        rows['times fewer units than the best uncompressed recipe (its %)'] = (
             f'{speed_up(best, fast, 0.32)} ({mean_knn(best[0.32]):.1f})')
         for row in rows:
             cells[row, dataset] = rows[row]
@@ -497,26 +497,26 @@ A unit is one forward pass of the uncompressed encoder on one image; M is a mill
 network is a ViT of width 64 and depth 4 at 32 px with patches of 4 px. 20-NN is the percentage of
 test images whose class their 20 nearest training images name, with uncompressed features; NN goes
 by the nearest one alone. Before training 20-NN is 34.1 on shapes, 67.9 on Fashion-MNIST and 30.0 on
-CIFAR-10, here a JPEG copy. A score has a sampling error of 0.6 to 1.0 points. +- is the standard
+CIFAR-10, here a JPEG copy. A score has a sampling error of at most 1.0 points. +- is the standard
 deviation over seeds; with 3 seeds a 95 % interval reaches 2.5 of them to each side.
 
 {first}
 
-Each side has the recipe, of five, with the best mean of seeds 10 and 11 at 0.08 M; seeds 0 to 2
-judge. Compressed runs match the uncompressed ones of 0.32 M at 0.05 to 0.17 M, near the budget at
-which recipes were chosen, which favors them. The last row corrects for that: in hindsight, the
-uncompressed side has the recipe that is best on the judging seeds themselves, with the score in
-brackets.
+Each side takes, of five recipes, the one with the best mean over seeds 10 and 11 at 0.08 M; seeds 0
+to 2 judge. Compressed runs match the uncompressed ones of 0.32 M at 0.05 to 0.17 M, near the budget
+at which recipes were chosen, which favours them. The last row corrects for that: there, and below
+wherever it says "in hindsight", the uncompressed side takes the recipe that is best on the judging
+seeds themselves, here with its score in brackets.
 
 How sure is a factor? The sampling error of the uncompressed score moves it by 4 % on shapes, a
-fifth on CIFAR-10 and up to a third on Fashion-MNIST, where the seeds have 4.3, 5.8 and 1.9. The
-machine matters as much as the seed: six uncompressed runs that were made again on another day
+fifth on CIFAR-10 and up to a third on Fashion-MNIST, where the three seeds give factors of 4.3, 5.8
+and 1.9. The machine matters as much as the seed: six uncompressed runs, made again on another day,
 differ by -0.8, +0.8, -0.7 on CIFAR-10 and by +2.1, -3.3, +0.6 on shapes, and some of the
-uncompressed runs are of other machines.
+uncompressed runs come from other machines.
 
 Seconds: a compressed unit takes 1.29, 1.11 and 1.29 times as long as an uncompressed one (`p8`:
-1.24, 1.07 and 1.16), by the fastest runs of search and judge. These ratios are good to about a
-tenth; bench.md, in turns, has 1.22 and 1.08.
+1.24, 1.07 and 1.16), by the fastest runs of the studies `search` and `judge`. These ratios are good
+to about a tenth; bench.md, where both take turns in one process, has 1.19 (`p8`: 1.05).
 
 ## The paper's findings
 
@@ -539,11 +539,11 @@ p8-drop0.50, the better constant, at 1.28 M: +0.1, -0.5, +0.2; default recipe, m
 constant, at 0.08, 0.32, 1.28 M: shapes -2.2, -2.3, Fashion-MNIST -1.0, +0.1, +0.3, CIFAR-10 +0.1, \
 -0.7, +1.0 |
 | the schedule of least CA-MSE beats constants | no | CIFAR-10, 0.32 M, default recipe: 41.9 +- \
-1.0, p8 41.0 +- 0.8; with chosen recipes the constants have 42.4 and 42.7, without the 0.3 M that \
+1.0, p8 41.0 +- 0.8; with chosen recipes the constants reach 42.4 and 42.7, without the 0.3 M that \
 measuring took |
 | 3.3 times with SimCLR | about | p8-drop0.50, 0.32 M: 4.3, 3.3, 2.6, in hindsight 4.3, 2.7, 2.6; \
 20-NN at equal budget +12.2, +1.9, +3.7 |
-| 2.5 times with DINO | cannot tell | on real images so short a run learns little; p8-drop0.50, \
+| 2.5 times with DINO | inconclusive | runs this short learn little on real images; p8-drop0.50, \
 0.32 M, default recipe: > 16.0, > 16.0, 6.8 with seed 0, and 7.0, 8.6, not reached with seed 1 |
 | better LP and FT with three objectives | with two | CIFAR-10, 0.32 M, p8-drop0.50, default \
 recipe, seed 0: MoCo-v3 LP +4.1, FT +3.4, SimCLR +6.0, +5.9, DINO +2.6, +1.8 or, with another \
@@ -559,8 +559,8 @@ average at 0.32 M, nothing at 1.28 M |
 The budget of an uncompressed run, divided by the budget at which compressed runs of the same seed
 reach its 20-NN, interpolated in the logarithm of the budget. With commas: a value for each seed;
 `>`: even the shortest compressed run is better. Behind the slash, from 0.32 M on: against the
-recipe that hindsight finds to be the best at 0.32 M. On shapes it has 89.8 +- 1.1 at 1.28 M, the
-chosen recipe 77.2.
+recipe that hindsight finds to be the best at 0.32 M. On shapes it reaches 89.8 +- 1.1 at 1.28 M,
+the chosen recipe 77.2.
 
 {speed_ups}
 
@@ -575,7 +575,8 @@ runs.
 
 At 0.08 M: mean 20-NN of seeds 10 and 11, the chosen recipe first. At 0.32 M: uncompressed runs of
 seeds 0 to 2, the best recipe in hindsight first. batch64: batches of 64 (default 128); jitter2:
-color jitter of twice the strength; crop0.6: crops from 0.6 of an image's area on (0.2).
+colour jitter of twice the strength; crop0.6: crops of at least 0.6 of an image's area (default
+0.2).
 
 {search}
 
@@ -583,24 +584,24 @@ color jitter of twice the strength; crop0.6: crops from 0.6 of an image's area o
 
 {widths}
 
-So far seed 0 alone. At width 64 it has 39.0 on CIFAR-10, with `p8` 43.0 and with `p8-drop0.50`
-43.1, and factors of 3.2 and 3.1; on Fashion-MNIST 76.9, with `p8-drop0.50` 79.7, and a factor of
-4.3. Seconds follow units here: on CIFAR-10 a unit of p8 and p8-drop0.50 takes 0.98 and 1.04 times
-as long as an uncompressed one, by runs that had the machine to themselves, on Fashion-MNIST, with
-two runs at a time, one of p8-drop0.50 1.03 to 1.08 times, and 1.01 in its run of 0.32 M, the one
-that the table takes: half of the time it was alone.
+So far seed 0 alone. At width 64 it reaches 39.0 on CIFAR-10, 43.0 with `p8` and 43.1 with
+`p8-drop0.50`, with factors of 3.2 and 3.1; on Fashion-MNIST 76.9, 79.7 with `p8-drop0.50`, and a
+factor of 4.3. Seconds follow units here. On CIFAR-10, in runs that had the machine to themselves, a
+unit of p8 and p8-drop0.50 takes 0.98 and 1.04 times as long as an uncompressed one. On
+Fashion-MNIST, with two runs at a time, one of p8-drop0.50 takes 1.03 to 1.08 times as long; the run
+of 0.32 M, which the table uses, was alone for half of its time and has 1.01.
 
 ## Files
 
 - [runs.jsonl](runs.jsonl): a line for each run: command, versions, machine, scores. Runs up to
-  commit 8693537 are of studies that have left `experiments/reproduce.py`
+  commit 8693537 belong to studies that `experiments/reproduce.py` no longer has
 - [first-commands.log](first-commands.log): what the two commands at the top of the README print; on
   other machines the first ends at 80 to 86 %, the second at 50 to 61 %
 - [headline.png](headline.png), [compression.png](compression.png), [gradstats.png](gradstats.png),
   [curves.png](curves.png), [neighbours.png](neighbours.png): `python experiments/pictures.py NAME`.
-  Stars of headline.png are of the best recipe in hindsight; its titles compare p8-drop0.50 with the
-  one of 0.32 M; an arrow of curves.png joins the places where two curves first reach the end of the
-  lower one
+  A star in headline.png is the best uncompressed recipe in hindsight; its titles compare
+  p8-drop0.50 with the star at 0.32 M. The arrow in curves.png joins the points where the two curves
+  first reach the final accuracy of the lower one
 - [gradstats.jsonl](gradstats.jsonl): gradient errors of an uncompressed run of 0.16 M on CIFAR-10
 - [bench.md](bench.md): speed. [tuning.md](tuning.md): which settings, schedules and rules were
   tried, and small views

@@ -2,8 +2,8 @@
 
 Small images are one uint8 tensor in memory: torchvision's data sets, the rendered `shapes`, and
 folders of small images of one size. Other folders are read by the workers of a DataLoader, which
-decode each image once and crop it straight to the sides that the encoder reads. What a picture is
-scored as does not depend on the way it took (`center`).
+decode each image once and crop it straight to the sides that the encoder reads. For a score both
+ways give the same pixels (`center`).
 
     train + val, or valid, validation, test     beside each other, in any case
     CLASS/image.jpg                             one tree: a tenth is scored
@@ -190,7 +190,7 @@ def name_below(root, path):
 class Reader(Dataset):
     """Item (index, ...) -> (read(path, ...), index that was read, {unreadable path: reason}).
 
-    In the place of a file that cannot be read stands the next that can.
+    A file that cannot be read is replaced by the next one that can.
     """
 
     def __init__(self, files, read):
@@ -300,8 +300,8 @@ class Images:
     def batches(self, steps, seed=0, workers=0):
         """([uint8 images of each view], labels (b)) for each (keys, Augmentations) of steps.
 
-        keys: (index, epoch) of each image. The images are whole in memory (b c h w), the same for
-        all views, and of files they are `cropped` (b c s s).
+        keys: (index, epoch) of each image. Images in memory come whole (b c h w), the same for all
+        views; those of files come `cropped` (b c s s), others for each view.
         """
         if self.pixels:
             for keys, views in steps:
@@ -347,7 +347,7 @@ class Images:
             yield results, indices, torch.tensor([not paths for paths in unreadable])
 
     def report(self, split, paths):
-        """Names unreadable files (path: reason) once. Stops the run at more than one and 1 %."""
+        """Names unreadable files (path: reason) once. Stops the run at two or more, if over 1 %."""
         known = self.unreadable[split]
         for path in paths.keys() - known.keys():
             known[path] = paths[path]
@@ -393,7 +393,7 @@ def find_splits(folders):
         return by_name['train'], by_name[scored[0]] if scored else None
     # a word of the name: seg_train, trainA; one such folder may be a class, train_station
     some = [folder for folder in folders
-            if any(map(alike, re.findall('[A-Z]?[a-z]+', folder)))]
+            if any(map(alike, re.findall('[A-Z]?[a-z]+|[A-Z]+', folder)))]
     if any(map(alike, folders)) or len(some) > 1 or some == list(folders) != []:
         raise ValueError(f'the folders {", ".join(map(ascii, some))} look like splits; rename '
                          f'them to train and val, or to names of classes')

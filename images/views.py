@@ -56,12 +56,12 @@ def keyed_generator(*key, device='cpu'):
 
 
 def uniform(shape, low, high, generator):
-    """Uniform draws on the CPU: every device then sees the same, and none has to be waited for."""
+    """Uniform draws on the CPU: every device sees the same, and we wait for none."""
     return low + (high - low) * torch.rand(shape, generator=generator)
 
 
 def onto(images, *draws):
-    """Draws on the device of the images. The device is not waited for."""
+    """Draws on the device of the images, without waiting for it."""
     return [values.to(images.device, non_blocking=True) for values in draws]
 
 
@@ -267,7 +267,7 @@ def normalize(images, mean, std):
 
 @cache
 def by_channel(mean, std, device):
-    """(2 c 1 1), made once: a GPU is waited for when numbers are copied to it."""
+    """(2 c 1 1), made once: copying numbers to a GPU waits for it."""
     with torch.inference_mode(False):
         return torch.tensor([mean, std], device=device)[:, :, None, None]
 
@@ -351,7 +351,7 @@ def solarize(images):
 
 def apply_where(chosen, function, images, *parameters):
     """function(images, *parameters) for the chosen images; the others cost nothing."""
-    ids = chosen.flatten().nonzero()[:, 0]                   # on the CPU: a GPU is not waited for
+    ids = chosen.flatten().nonzero()[:, 0]                   # on the CPU: no wait for a GPU
     if len(ids) == 0:
         return images
     parameters = [values[ids] for values in parameters]
@@ -413,9 +413,9 @@ def draw(b, h, w, view, generator):
 def make_view(images, view, generator=None, cropped=False):
     """One view of each image: float32 (b c s s) in [0, 1], s = view.rendered.
 
-    cropped: the images are random crops of this side already, and are recoloured alone. Least
+    cropped: the images are random crops of this side already, and are only recoloured. Least
     squares overshoots [0, 1] at edges, and the encoder of the full picture sees that too: what
-    lies outside is taken off for the colours and put back behind them.
+    lies outside is taken off before the colours change, and added again afterwards.
     """
     check_images(images)
     b, _, h, w = images.shape

@@ -84,7 +84,7 @@ def test_splits_stand_beside_each_other():
 
 def test_folders_that_look_like_splits_are_never_classes():
     for folders in ('testing training', 'testA trainA', 'test val', 'train_set val-set', 'seg_test',
-                    'train tst', 'gallery train'):
+                    'train tst', 'gallery train', 'cats TRAIN'):
         names = folders.split()
         with pytest.raises(ValueError, match=f'{names[-1]}.* look like splits; rename'):
             find_splits(names)

@@ -452,7 +452,7 @@ def test_a_wrong_combination_names_value_and_fix(run):
             ('--patch-size 3', 'patch size 3 does not divide image size 16x16; use 1, 2, 4, an'),
             ('--gradstats 0,1', 'Adam has no second moment at progress 0'),
             ('--gradstats 2', 'are progress: from 0 to 1'),
-            ('--local-crops 2', 'is of --method dino'),
+            ('--local-crops 2', 'needs --method dino'),
             ('--resume auto', 'give a --name')):
         with pytest.raises(ValueError, match=re.escape(message)):
             run(*flags.split())
