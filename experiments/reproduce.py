@@ -15,8 +15,9 @@ search          0.08 M, seeds 10 and 11: five recipes for none, p8 and p8-drop0.
                 with SimCLR the first three recipes, without p8
 judge           seeds 0, 1, 2 with the chosen recipes: none at 0.32 M, the others at 0.02 to 0.32 M
 hindsight       none at 0.32 M with all recipes: was the best one chosen? (MoCo-v3: after judge)
-width           judge on two sets at width 192, depth 6; recipes of width 64; 0.02 M was added
-                when a run of 0.04 M was better than the uncompressed one
+width           judge on two sets at width 192, depth 6; recipes of width 64. Added when a run of
+                0.04 M was better than the uncompressed one: 0.02 M, and none on CIFAR-10 with the
+                recipe that is the best of width 64 in hindsight
 simclr          p8-drop0.50 at 0.04 to 0.32 M with its chosen recipe; added later,
                 0.02 M, and none (uncompressed) at 0.08 M
 long            1.28 M, chosen recipes: none, p8, p8-drop0.50, and tokens dropped in the first half;
@@ -89,6 +90,7 @@ shapes fashion_mnist cifar10 | moco        | none | crop0.6 jitter2-batch64 | 0.
     'width': """
 fashion_mnist cifar10 | moco | none           | width192-* | 0.32                     | 0 1 2
 fashion_mnist cifar10 | moco | p8 p8-drop0.50 | width192-* | 0.02 0.04 0.08 0.16 0.32 | 0 1 2
+cifar10 | moco | none | width192-crop0.6 | 0.32 | 0 1 2
 """,
     'simclr': """
 shapes fashion_mnist cifar10 | simclr | none        | * | 0.08                     | 0 1 2
@@ -147,14 +149,14 @@ FILES = dict(
 
 def runs_of(study, records=()):
     """The runs of a study, short ones first, with the chosen recipes where its rows say so."""
-    runs = []
+    runs = {}                                        # one that two rows name is there once
     for row in STUDIES[study].strip().splitlines():
         columns = [cell.split() for cell in row.split('|')]
         for dataset, method, schedule, variant, budget, seed, *views in product(*columns):
             if '*' in variant:
                 variant = chosen(records, dataset, schedule, method, variant.rstrip('-*'))
-            runs.append(Run(dataset, method, schedule, variant.strip('-'), float(budget),
-                            int(seed), *views or ['full']))
+            runs[Run(dataset, method, schedule, variant.strip('-'), float(budget),
+                     int(seed), *views or ['full'])] = None
     return sorted(runs, key=lambda run: (run.budget, run.seed))
 
 
