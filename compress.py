@@ -14,7 +14,7 @@ What patch scaling is. <x, pinv(B^T) w> = <pinv(B) x, w>: the token of a large p
 of its least-squares p x p picture, read by the trained kernel. So the encoder sees p^2 numbers of a
 patch and nothing else, and a view for larger patches needs no more pixels than those.
 
-A pair (patch size, drop rate) is a strategy, and `pass_flops` says what it saves.
+A pair (patch size, drop rate) is a strategy, and `sample_cost` says what it saves.
 
 Shapes: b batch, n patch tokens, k kept tokens, d width, c channels, p old patch side, q new patch
 side, h w grid.
@@ -184,6 +184,29 @@ def pass_flops(tokens, patch_dim, embed_dim, depth, mlp_ratio=4.0,  # noqa: PLR0
     # backward costs two forwards: the gradient of the weights and that of the input.
     # Images need no gradient, and a frozen patch projection needs neither.
     return projection * (1 if frozen_patches else 2) + 3 * blocks
+
+
+def sample_cost(method, views, strategy):
+    """c(tau): a training sample in forward passes of the uncompressed encoder, the paper's unit.
+
+    method: of losses.py, around a vit.ViT. views: an Augmentation for each view (images/views.py).
+    """
+    config = method.encoder.config
+    base = config['patch_size']
+
+    def flops(side, patch_size, pixels, drop_rate=0.0, head=(), trains=False):
+        tokens = num_keep(patches_per_side(side, patch_size) ** 2, drop_rate)
+        return pass_flops(tokens, config['in_chans'] * pixels ** 2, config['embed_dim'],
+                          config['depth'], config['mlp_ratio'], head, trains,
+                          config['freeze_patch_embed'])
+
+    total = 0.0
+    for branch, view, trains, head in method.passes():
+        p, drop_rate = method.compression(branch, strategy.patch_size, strategy.drop_rate)
+        p = p or base
+        large, small = views[view].patches                 # (1, 1), or (q, p) of a small view
+        total += flops(views[view].side, p, p // large * small, drop_rate, head, trains)
+    return total / flops(config['img_size'], base, base)
 
 
 def self_check():

@@ -234,8 +234,8 @@ def ema_update(teacher, student, momentum):
 class Branches(nn.Module):
     """Which branch is compressed: the query always, the key as drop_branch and patch_branch say.
 
-    What a sample costs follows from `passes` of each method, a list of the encoder's passes over
-    it: (branch, view, trains, widths of the head).
+    What a sample costs (compress.sample_cost) follows from `passes` of each method, a list of the
+    encoder's passes over it: (branch, view, trains, widths of the head).
     """
 
     def __init__(self, encoder, drop_branch='query', patch_branch='both'):

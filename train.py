@@ -46,7 +46,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from compress import Compression, num_keep, pass_flops, patches_per_side
+from compress import Compression, num_keep, patches_per_side, sample_cost
 from eval import Setting, can_score, positive, say, scores_of
 from gradstats import adam_scale, flat_gradient, gradient_stats, unchanged
 from images.data import DATASETS, STOPS, batch_keys, load
@@ -287,26 +287,6 @@ def augmentations(args, kinds, strategy):
     return [kind.at(side, patches) for kind, side in zip(kinds, sides)]
 
 
-def sample_cost(args, method, kinds, strategy):
-    """c(tau): what a training sample costs in forward passes of the uncompressed encoder."""
-    config = method.encoder.config
-    base = args.patch_size
-
-    def flops(side, patch_size, drop_rate=0.0, head=(), trains=False):
-        tokens = num_keep(patches_per_side(side, patch_size) ** 2, drop_rate)
-        pixels = base if renders_small(args, strategy) else patch_size
-        return pass_flops(tokens, config['in_chans'] * pixels ** 2, config['embed_dim'],
-                          config['depth'], config['mlp_ratio'], head, trains,
-                          config['freeze_patch_embed'])
-
-    sides = [kind.side for kind in augmentations(args, kinds, strategy)]
-    total = 0.0
-    for branch, view, trains, head in method.passes():
-        p, drop_rate = method.compression(branch, strategy.patch_size, strategy.drop_rate)
-        total += flops(sides[view], p or base, drop_rate, head, trains)
-    return total / flops(args.img_size, base)
-
-
 # ---------------------------------------------------------------- the life of a run
 
 @dataclass
@@ -434,7 +414,8 @@ def set_up(args, checkpoint=None):
     run.base = Compression(args.patch_size)
     run.grid = build_grid(args)
     used = [*run.grid, *(tau for _, tau in run.schedule.stages)]
-    run.cost = {tau: sample_cost(args, run.method, run.kinds, tau) for tau in used}
+    run.cost = {tau: sample_cost(run.method, augmentations(args, run.kinds, tau), tau)
+                for tau in used}
     if run.budget < run.cost[run.schedule.at(0)] * args.batch_size:
         raise ValueError(f'{run.budget:,.0f} units do not pay for a batch of {args.batch_size}; '
                          f'raise --budget or lower --batch-size')

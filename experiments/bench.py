@@ -20,7 +20,7 @@ from torchvision.transforms.functional import to_pil_image
 
 import with_lightly
 from pictures import RESULTS, units
-from compress import Compression, pass_flops, patches_per_side
+from compress import Compression, pass_flops, patches_per_side, sample_cost
 from images.data import read_crops
 from images.views import make_view, make_views, recipe
 from losses import MoCo
@@ -90,8 +90,8 @@ def step(args):
         functions = {case: partial(ours, case) for case in SMALL}
         functions['usual'] = trainer(usual, usual_loss)
         ms = in_turns(functions, args.rounds)
-        heads = [head for *_, head in method.passes()]
-        costs = {case: units(strategy_of(case), 32, 4, width, depth, heads) for case in SMALL}
+        costs = {case: sample_cost(method, kinds_of(32, 4, case), strategy_of(case))
+                 for case in SMALL}
         for case in SMALL:
             unit = ms[case] / ms['p4 full'] * costs['p4 full'] / costs[case]
             faster = ms['usual'] / ms[case]

@@ -26,11 +26,12 @@ from torchvision.transforms.functional import pil_to_tensor
 from reproduce import RESULTS, ROOT, TITLES, hindsight, read, read_log, speed_up, tuned
 
 sys.path.insert(0, str(ROOT))
-from compress import Compression, num_keep, pass_flops, patches_per_side, random_keep  # noqa: E402
+from compress import Compression, num_keep, patches_per_side, random_keep, sample_cost  # noqa: E402
 from images.data import load  # noqa: E402
-from images.views import keyed_generator, normalize, resize, separable, shrink  # noqa: E402
+from images.views import keyed_generator, normalize, recipe, resize, separable, shrink  # noqa: E402
+from losses import MoCo  # noqa: E402
 from schedule import ca_mse, load_table  # noqa: E402
-from vit import ViT, load_backbone  # noqa: E402
+from vit import ViT, load_backbone, vit_base  # noqa: E402
 
 # Okabe and Ito's colours, for colour-blind readers; uncompressed is p4 at 32 px
 COLORS = {
@@ -70,14 +71,11 @@ def seen(photo, tau):
     return torch.where(mask > 0, image, 1.0)
 
 
-def units(tau, side=224, base=16, width=768, depth=12, heads=((), ())):  # noqa: PLR0913
-    """Cost of a sample of MoCo-v3, full views: query forward and backward, key forward, heads."""
-    n = patches_per_side(side, tau.patch_size) ** 2
-    pixels = 3 * tau.patch_size ** 2
-    query = pass_flops(num_keep(n, tau.drop_rate), pixels, width, depth, head=heads[0],
-                       trains=True)
-    key = pass_flops(n, pixels, width, depth, head=heads[1])
-    return (query + key) / pass_flops((side // base) ** 2, 3 * base ** 2, width, depth)
+def units(tau):
+    """Cost of a training sample: MoCo-v3, ViT-B at 224 px, full views."""
+    with torch.device('meta'):                               # sizes alone, without weights
+        method = MoCo(vit_base())
+    return sample_cost(method, recipe('moco', 224), tau)
 
 
 def compression(image=RESULTS.with_name('cat.jpg')):

@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress import (Compression, num_keep, pass_flops, patches_per_side, pi_resize,
-                      random_keep, resize_matrix, resize_pos_embed)
+                      random_keep, resize_matrix, resize_pos_embed, sample_cost)
+from images.views import Augmentation, recipe
 from losses import MoCo, SimCLR
 from vit import ViT, vit_base
 
@@ -90,17 +91,6 @@ def test_tokens_of_the_paper():
 
 # ---------------------------------------------------------------- costs
 
-def flops(method, sides, tau, in_chans, sizes, frozen=False):
-    """Of a training sample, from the passes that the method lists."""
-    total = 0
-    for branch, view, trains, head in method.passes():
-        p, drop_rate = method.compression(branch, tau.patch_size, tau.drop_rate)
-        p = p or method.encoder.patch_size
-        k = num_keep(patches_per_side(sides[view], p) ** 2, drop_rate)
-        total += pass_flops(k, in_chans * p ** 2, *sizes, 4.0, head, trains, frozen)
-    return total
-
-
 def counted(method, sides, tau, b):
     """By torch, of a step on b images."""
     views = [torch.randn(b, 1, side, side) for side in sides]
@@ -116,24 +106,22 @@ def test_flops_of_the_passes_equal_torchs_counter(name):
     DINO is exact. The logits of MoCo and SimCLR, b^2 products, are up to 2e-4 here.
     """
     sides = [48, 48, 24, 24] if name == 'dino' else [48, 48]
+    unit = pass_flops(144, 16, 64, 2)                 # uncompressed, forward
     for frozen, branches in ((False, dict(drop_branch='both')), (True, dict(patch_branch='query'))):
         encoder = ViT(img_size=48, patch_size=4, in_chans=1, embed_dim=64, depth=2, num_heads=2,
                       freeze_patch_embed=frozen)
         method = build(name, encoder, **branches)
         for tau in (Compression(4), Compression(12, 0.4)):
             more = counted(method, sides, tau, 4) - counted(method, sides, tau, 2)
-            ours = 2 * flops(method, sides, tau, 1, (64, 2), frozen)
+            ours = 2 * sample_cost(method, list(map(Augmentation, sides)), tau) * unit
             assert ours == pytest.approx(more, rel=3e-4)
-
-
-UNIT = pass_flops(196, 768, 768, 12)                  # ViT-B/16 at 224 px, forward
 
 
 def paper_cost(method, **options):
     """Units per sample: ViT-B and the paper's heads, at 224 px."""
     with torch.device('meta'):
         method = method(vit_base(), **options)
-    return flops(method, [224, 224], Compression(16), 3, (768, 12)) / UNIT
+    return sample_cost(method, recipe('moco', 224), Compression(16))
 
 
 def test_costs_and_budgets_of_the_paper():
@@ -142,7 +130,8 @@ def test_costs_and_budgets_of_the_paper():
     The heads add 0.0051 to the 4, and that images need no gradient takes off 0.0066. An epoch has
     1,281,167 images. SimCLR trains both views, 3 + 3; its head is 0.1 % of each pass.
     """
-    assert UNIT == pytest.approx(2 * 17.56e9, rel=5e-4)       # as the literature has it
+    unit = pass_flops(196, 768, 768, 12)
+    assert unit == pytest.approx(2 * 17.56e9, rel=5e-4)       # as the literature has it
     moco = paper_cost(MoCo)
     assert moco == pytest.approx(4 + 0.0051 - 0.0066, abs=1e-4)
     for epochs, millions in ((60, 307), (300, 1537), (1200, 6150)):

@@ -17,7 +17,7 @@ from conftest import ROOT, SMALL, error, log_of, steps_of, torchrun
 from PIL import Image
 
 import train
-from compress import Compression
+from compress import Compression, pass_flops
 from gradstats import adam_scale, flat_gradient
 from images.views import keyed_generator
 from schedule import cosine
@@ -145,7 +145,7 @@ def test_a_sample_costs_its_passes(tiny_fashion, tmp_path, monkeypatch):
     small, full = (started('--schedule', 'p8', '--views', views, root=tiny_fashion)
                    for views in ('small', 'full'))
     tau, pixels = Compression(8), 4 * 32 * (64 - 16)
-    unit = train.pass_flops(16, 16, 32, 1)
+    unit = pass_flops(16, 16, 32, 1)
     assert full.cost[tau] - small.cost[tau] == pytest.approx(2 * 3 * pixels / unit)
 
 
