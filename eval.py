@@ -16,8 +16,8 @@ show accuracy beside the number of tokens. Protocols (the paper's NN, LP and FT)
     linear      a linear classifier of the frozen features, at ten learning
                 rates; a tenth of the training images chooses the rate
     finetune    all weights train: AdamW, cosine decay, random crops and flips,
-                label smoothing. For DeiT's stronger augmentations, load
-                backbone.pt into timm
+                from 64 px on label smoothing. For DeiT's stronger
+                augmentations, load backbone.pt into timm
 
 Each score is also a line of eval.jsonl, with all that it depends on.
 
@@ -76,8 +76,8 @@ class Recipe:
     weight_decay: float = 0.05          # on matrices; not on biases, norms, class token, positions
 
 
-# From 64 px on: the numbers of DeiT's main.py, which MoCo-v3 uses (not run here). Below: ours, to
-# finish on a laptop; they were chosen on held-out training images.
+# From 64 px on: the numbers of DeiT's main.py with MoCo-v3's epochs and batches (not run here).
+# Below: ours, to finish on a laptop; they were chosen on held-out training images.
 LARGE = Recipe(
     epochs=150,
     batch_size=1024,
@@ -290,12 +290,12 @@ def finetune(encoder, data, ids, setting, recipe, seed=0):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    if not math.isfinite(losses[-1]):
-        raise FloatingPointError(f'the loss of fine-tuning is {losses[-1]}; lower the lr of LARGE '
-                                 f'or SMALL in eval.py')
-    by_epoch = torch.tensor(losses).view(recipe.epochs, -1)
-    return encoder, head, by_epoch.mean(dim=1).tolist()
+        losses.append(loss.detach())                 # not .item(), which waits for a GPU
+    losses = torch.stack(losses).view(recipe.epochs, -1)
+    if not losses.isfinite().all():
+        raise FloatingPointError('the loss of fine-tuning is not finite; lower the lr of LARGE '
+                                 'or SMALL in eval.py')
+    return encoder, head, losses.mean(dim=1).tolist()
 
 
 # ---------------------------------------------------------------- scores and features

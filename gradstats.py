@@ -18,8 +18,8 @@ groups meet, whose noise is independent:
     <E a, E b>  ~  mean over pairs k != l of  <mean_k a, mean_l b>      unbiased, can be negative
 
 Every batch is measured under every strategy with the same images and views, so the noise that two
-strategies share cancels in the difference. Error bars: leave one group out (jackknife). The paper
-does not give its normalization: divide by `norm2`, the squared norm of the true gradient, to
+strategies share cancels in the difference. Error bars: leave one group out (jackknife). How
+the paper normalizes we do not know: divide by `norm2`, the squared norm of the true gradient, to
 compare stages of training.
 
     stats = gradient_stats(grad_fn, ['p4', 'p8'], 'p4', batches)    # grad_fn(batch, tau) -> flat
@@ -153,8 +153,6 @@ def summary(own, inner, true, square, num_batches):
 
 def dot(a, b):
     """In float64, a million coordinates at a time."""
-    if a.device.type == 'mps':          # has no float64
-        a, b = a.cpu(), b.cpu()
     total = 0
     for x, y in zip(a.split(2 ** 20), b.split(2 ** 20)):
         product = torch.dot(x.double(), y.double())

@@ -14,8 +14,8 @@ teacher temperature, compression) runs on progress = spent / budget.
 A run leaves in runs/NAME/: args.json, log.jsonl (a line for ten steps, or for a
 score), checkpoint.pt (for --resume), backbone.pt (the encoder in timm's names)
 and, if asked for, gradstats.jsonl. A killed run goes on from its last checkpoint
-and computes the same bits: every random draw has a key such as (seed, rank,
-step). SIGTERM, SIGINT, SIGHUP and SIGUSR1 finish the step and save; a second
+and, on CPUs, computes the same bits: every random draw has a key such as (seed,
+rank, step). SIGTERM, SIGINT, SIGHUP and SIGUSR1 finish the step and save; a second
 signal ends the run at once.
 """
 import argparse
@@ -156,7 +156,7 @@ def build_parser():
     add = parser.add_argument_group('run').add_argument
     add('--name', help='folder below runs/')
     add('--seed', type=int, default=0, help='of weights, data order, views and token draws')
-    add('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'), help='of training')
+    add('--device', default='auto', choices=('auto', 'cpu', 'cuda'), help='of training')
     add('--compile', action='store_true', help='torch.compile the blocks')
     add('--eval-every', type=float, default=0.25, help='progress between scores; 0: none')
     add('--resume', metavar='RUN', help='folder of a run; auto: that of --name, if it exists')
@@ -315,11 +315,8 @@ def join_processes(device):
 
 def pick_device(name):
     """The device of a flag. Under torchrun each process takes the GPU of its own number."""
-    if name == 'auto':
-        name = 'mps' if torch.backends.mps.is_available() else 'cpu'
-        name = 'cuda' if torch.cuda.is_available() else name
-    if name != 'cuda':
-        return torch.device(name)
+    if name == 'cpu' or not torch.cuda.is_available() and name == 'auto':
+        return torch.device('cpu')
     device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
     torch.cuda.set_device(device)
     return device
@@ -581,9 +578,8 @@ def loss_of(run, model, views, strategy, *key):
 # ---------------------------------------------------------------- now and then
 
 def log(run, loss, metrics, strategy, lr, momentum):
-    """A line of log.jsonl. Here alone, not in each step, we wait for a GPU."""
+    """A line of log.jsonl."""
     state = run.state
-    loss = mean_over_ranks(loss.detach()).item()
     if not math.isfinite(loss):
         raise FloatingPointError(f'the loss is {loss} at step {state.step}; checkpoint.pt is of an '
                                  f'earlier step. Start again with a lower --lr (now '
@@ -783,10 +779,12 @@ def train(run):
             # ---- the budget pays
             state.step += 1
             state.units += run.cost[strategy] * args.batch_size
-            state.seconds += time.perf_counter() - start
+            looking = state.step % LOG_EVERY == 0 or state.units >= run.budget
+            if looking:                                     # here alone we wait for a GPU,
+                loss = mean_over_ranks(loss.detach()).item()
+            state.seconds += time.perf_counter() - start    # hence before the clock
 
             # ---- now and then: look, agree to stop, score, measure, save
-            looking = state.step % LOG_EVERY == 0 or state.units >= run.budget
             if looking:
                 log(run, loss, metrics, strategy, lr, momentum)
             if looking or run.world == 1:                   # processes stop at the same step
@@ -824,13 +822,12 @@ def main(argv=None):
         finished = train(run)
         if run.world > 1:
             dist.barrier()                           # nobody leaves while another listens
+            dist.destroy_process_group()             # not after an error: it waits for the others
         if run.rank == 0:
             last_words(run, finished)
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()                            # they do not listen to signals
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == '__main__':

@@ -12,9 +12,10 @@ ways give the same pixels (`center`).
 Shapes: b batch, n images, c channels, h w image, s side of a view. Images are uint8 (b c h w).
 
     data = load('shapes')
-    steps = ((keys, recipe('moco', 32)) for keys in batch_keys(len(data), 128, seed=0))
-    for images, labels in data.batches(steps):
-        view1, view2 = make_views(images, recipe('moco', 32))
+    kinds = recipe('moco', 32)
+    steps = ((keys, kinds) for keys in batch_keys(len(data), 128, seed=0))
+    for images, labels in data.batches(steps):                      # images: a batch for each view
+        view1, view2 = (make_view(x, kind, None, data.cropped) for x, kind in zip(images, kinds))
 """
 import hashlib
 import itertools
@@ -307,6 +308,8 @@ class Images:
             for keys, views in steps:
                 ids = torch.tensor([index for index, _ in keys])
                 pixels = self.pixels['train'][ids]
+                if torch.cuda.is_available():                  # a copy from there does not wait
+                    pixels = pixels.pin_memory()
                 yield [pixels] * len(views), self.labels['train'][ids]
             return
         items = ([(*key, views) for key in keys] for keys, views in steps)

@@ -69,27 +69,31 @@ def test_a_run_trains_stops_and_goes_on(run, stop_at, method, flags):
     assert encoder.cls_token.device.type == 'cpu'
 
 
-def test_nothing_in_a_step_waits_for_the_gpu(start):
-    run = start('moco', 'cuda')
-    images = [run.data.pixels['train'][:16].pin_memory()] * 2
+@pytest.mark.parametrize('method', METHODS)
+def test_nothing_in_a_step_waits_for_the_gpu(start, method):
+    run = start(method, 'cuda')
+    batches = run.data.batches(train.upcoming(run))
     for step in range(3):
         if step == 2:
             torch.cuda.set_sync_debug_mode('error')
         try:
+            images, _ = next(batches)
             views = train.views_of(run, images, STRONG, step)
             loss, _ = train.loss_of(run, run.model, views, STRONG, step)
             run.optimizer.zero_grad()
             loss.backward()
+            if method == 'dino':
+                run.method.before_step()
             run.optimizer.step()
             run.method.update_teacher(0.99)
         finally:
             torch.cuda.set_sync_debug_mode('default')
 
 
-def test_torchrun_on_every_gpu(tmp_path, tiny_fashion):
-    """NCCL and SyncBatchNorm, on as many processes as there are GPUs."""
-    gpus = torch.cuda.device_count()
-    result = torchrun(gpus, 'train.py', *SMALL, '--device', 'cuda', '--data-root', tiny_fashion,
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+def test_torchrun_on_two_gpus(tmp_path, tiny_fashion):
+    """NCCL and SyncBatchNorm."""
+    result = torchrun(2, 'train.py', *SMALL, '--device', 'cuda', '--data-root', tiny_fashion,
                       '--budget', 0.002, '--name', 'a', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert log_of(tmp_path / 'runs' / 'a')[-1]['progress'] == 1

@@ -327,6 +327,7 @@ for start, (name, stop, disk) in enumerate([
         train.main([*sys.argv[1:], '--resume', 'auto', '--name', name])
     except ValueError as error:
         print(f'refused: {error}', flush=True)        # in one piece, beside the other process
+        train.dist.destroy_process_group()            # at other times its exit does this
     os.chdir(home)
 '''
 
