@@ -148,7 +148,7 @@ def resize_pos_embed(pos, old_grid, new_grid):
     """Interpolate patch positions (1 n d), n = h w, to another grid (h', w'), in float32.
 
     Always by size, never by scale factor. The caller keeps the class token's row apart. The table
-    is sampled at the new patch centres (DINO, MAE); timm's antialias would average it.
+    is sampled at the new patch centres (as in MAE); timm's antialias would average it.
     """
     if tuple(old_grid) == tuple(new_grid):
         return pos

@@ -16,7 +16,7 @@ The query branch (MoCo's query, DINO's student, SimCLR's first view) is always c
 branch (key, teacher, second view) sees every token, and by default the same patch size (paper:
 asymmetric token dropout, symmetric patch scaling). drop_branch='both' drops tokens in the key
 branch too, and patch_branch='query' leaves the key branch at the base patch size (paper:
-"uncompressed keys").
+"uncompressed key sequences").
 
 Any module with an `embed_dim` is an encoder. Uncompressed, it is called with images alone; under a
 strategy as encoder(images, patch_size, drop_rate, generator), see vit.py.
@@ -192,7 +192,7 @@ class DINOHead(nn.Module):
     """d -> hidden -> hidden -> bottleneck (GELU), L2-normalized, -> prototypes of unit length.
 
     The official head's weight norm with its gain fixed at 1 (norm_last_layer): |logit| <= 1. Under
-    bfloat16 autocast the logits are rounded to 3 digits, more coarsely than in DINO's float16.
+    bfloat16 autocast the logits are rounded to 8 bits, more coarsely than in DINO's float16 (11).
     """
 
     def __init__(self, embed_dim, hidden=2048, bottleneck=256, out_dim=65536):
@@ -373,8 +373,8 @@ class DINO(Branches):
     """DINO. Views: two global crops, then the local ones. It exports the teacher.
 
     The teacher sees the global crops, the student all. Dropout applies to every crop of the
-    student. The defaults are DINO's; train.py has another student_temp and center_momentum (see
-    dino_loss).
+    student. The defaults are DINO's, teacher_temp that of its longer recipes; train.py has another
+    student_temp and center_momentum (see dino_loss).
     """
 
     def __init__(self, encoder, hidden=2048, bottleneck=256, out_dim=65536,  # noqa: PLR0913
@@ -400,7 +400,7 @@ class DINO(Branches):
 
     def forward(self, views, patch_size=None, drop_rate=0.0, generator=None):
         strategy = (patch_size, drop_rate, generator)
-        # one pass of the encoder for each resolution: no layer mixes samples
+        # one pass of the encoder for each resolution: no layer of a ViT mixes samples
         resolutions = [torch.cat(views[:2])]
         if views[2:]:
             resolutions.append(torch.cat(views[2:]))
@@ -431,8 +431,8 @@ class DINO(Branches):
         return student + teacher
 
     def set_progress(self, progress):
-        """DINO's schedules, of 100 epochs: the teacher's temperature rises for the first 30, and
-        the last layer is frozen for the first 1."""
+        """The teacher's temperature rises for the first 30 % (DINO's longer recipe: 30 epochs), and
+        the last layer is frozen for the first 1 % (DINO: 1 epoch of 100)."""
         cold, warm = self.teacher_temps
         warmed = min(1.0, progress / 0.3)
         self.teacher_temp = cold + (warm - cold) * warmed

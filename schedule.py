@@ -1,10 +1,11 @@
 """What happens when: curves over training progress, and how much to compress at which progress.
 
-Progress is spent budget / total budget, in [0, 1]. Every schedule runs on it, so that runs with
-different compression stay comparable (paper, "training budget").
+Progress is spent budget / total budget, in [0, 1]. The budget is the paper's; that every schedule
+runs on progress is ours, so that runs with different compression stay comparable.
 
     cosine       (1 + cos(pi p)) / 2
-    polynomial   1 - p^alpha            alpha = 2 keeps a higher rate for longer than cosine
+    polynomial   1 - p^alpha            our reading of the paper's name: for alpha = 2 higher than
+                                        cosine, while the usual (1 - p)^alpha is lower
     ramp         end + (start - end) cosine(p)
 
 The acceleration schedule (paper, "optimal acceleration schedule", as we read it) comes from a table
@@ -112,7 +113,8 @@ class Schedule:
 def ca_mse(row):
     """(value, standard error): the paper's criterion as we read it, relative to the true norm^2.
 
-    A negative estimate of bias^2 means that no bias could be seen: it counts as 0.
+    A negative estimate of bias^2 means that no bias could be seen: it counts as 0. The error is
+    for comparing strategies at one point: that of norm2, which they share, is left out.
     """
     value = max(row['bias2'], 0.0) + row['cost'] * row['variance']
     error = math.hypot(row['bias2_sem'], row['cost'] * row['variance_sem'])
@@ -161,7 +163,7 @@ def solve(rows):
             total[s] = old_total[before] + (end - start) * value
             path[s] = old_path[before]
             if before != s or not path[s]:
-                path[s] = (*path[s], (start, s))       # a stage begins
+                path[s] = (*path[s], (start, Compression.parse(s)))      # a stage begins
     best = min(strategies, key=total.get)
     return Schedule(path[best])
 
@@ -182,7 +184,7 @@ def print_table(rows, schedule):
         bias2_sem = row['bias2_sem'] / row['norm2']
         noise = row['cost'] * row['variance'] / row['norm2']
         error, error_sem = ca_mse(row)
-        chosen = '  <-' if schedule.at(row['progress']) == row['strategy'] else ''
+        chosen = '  <-' if str(schedule.at(row['progress'])) == row['strategy'] else ''
         print(f'{row["progress"]:8.2f} {row["strategy"]:>14} {row["cost"]:6.3f} '
               f'{bias2:6.2f} +-{bias2_sem:5.2f} {noise:9.2f} {error:8.2f} +-{error_sem:5.2f} '
               f'{row["cosine"]:6.2f} +-{row["cosine_sem"]:5.2f}{chosen}')
@@ -199,7 +201,7 @@ def main():
         sys.exit(f'schedule.py: error: {args.stats}: {error}')
     print_table(rows, schedule)
     costs = {row['strategy']: row['cost'] for row in rows}
-    samples = sum((end - start) / costs[s] for start, end, s in schedule.spans())
+    samples = sum((end - start) / costs[str(s)] for start, end, s in schedule.spans())
     print(f'{samples:.2f} times as many samples as uncompressed')
     print(f'--schedule {schedule}')
 

@@ -315,7 +315,8 @@ def load_backbone(path, num_heads=None):
     """(ViT, info) of a backbone.pt of train.py, or of a file of timm, MoCo-v3, DINO, DeiT or MAE.
 
     info: what backbone.pt says besides the weights (mean, std, dataset, transform); empty for
-    others. num_heads: shapes do not tell it; by default a head is 64 wide, in MoCo-v3's ViT-S 32.
+    others. num_heads: shapes do not tell it; by default a head is 64 wide, in MoCo-v3's ViT-S 32
+    and in ViT-H 80.
     """
     saved = read(path)
     if not isinstance(saved, dict):

@@ -112,7 +112,7 @@ def recipe(method, side, local_crops=0):
     elif method == 'simclr':  # SimCLR data_util.py, colour strength 1
         strong = (0.8, 0.8, 0.8, 0.2)
         view = Augmentation(side, interpolation='bicubic', jitter=strong, blur_p=0.5)
-    elif method == 'dino':  # DINO main_dino.py; 0.14 is its README's, for runs without local crops
+    elif method == 'dino':  # DINO main_dino.py; 0.14 is its --help's, for no local crops
         smallest = 0.4 if local_crops else 0.14
         view = Augmentation(side, scale=(smallest, 1.0), interpolation='bicubic')
     else:
