@@ -286,7 +286,8 @@ def finetune(encoder, data, ids, setting, recipe, seed=0):
         for group in optimizer.param_groups:
             group['lr'] = peak * warmup(progress, recipe.warmup) * cosine(progress)
         logits = head(encoder(images, setting.patch_size))
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.smoothing)
+        # -1: an image that stands in for an unreadable one and has no label
+        loss = F.cross_entropy(logits, labels, ignore_index=-1, label_smoothing=recipe.smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -24,7 +24,6 @@ import dataclasses
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import shlex
 import signal
@@ -812,22 +811,18 @@ def last_words(run, finished):
 
 def main(argv=None):
     args, checkpoint = parse_args(argv)
-    try:
-        run = set_up(args, checkpoint)
-        if run.state.units >= run.budget and run.state.seen == 1:    # its last score is there
-            say(f'{run.folder} is finished')
-            return
-        if run.rank == 0:
-            announce(run)
-        finished = train(run)
-        if run.world > 1:
-            dist.barrier()                           # nobody leaves while another listens
-            dist.destroy_process_group()             # not after an error: it waits for the others
-        if run.rank == 0:
-            last_words(run, finished)
-    finally:
-        for worker in multiprocessing.active_children():
-            worker.kill()                            # they do not listen to signals
+    run = set_up(args, checkpoint)
+    if run.state.units >= run.budget and run.state.seen == 1:    # its last score is there
+        say(f'{run.folder} is finished')
+        return
+    if run.rank == 0:
+        announce(run)
+    finished = train(run)
+    if run.world > 1:
+        dist.barrier()                               # nobody leaves while another listens
+        dist.destroy_process_group()                 # not after an error: it waits for the others
+    if run.rank == 0:
+        last_words(run, finished)
 
 
 if __name__ == '__main__':

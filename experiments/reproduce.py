@@ -223,9 +223,9 @@ def commands_of(run, args, recorded):
 def describe(run, args):
     """What a reader needs to judge a result, in run.json: the command, versions, the machine."""
     folder = RUNS / name_of(run)
-    cpu = platform.machine()
-    if Path('/proc/cpuinfo').exists():
-        cpu = re.search('model name.*: (.*)', Path('/proc/cpuinfo').read_text())[1]
+    info = Path('/proc/cpuinfo')                     # an ARM processor has no model name there
+    named = re.search('model name.*: (.*)', info.read_text() if info.exists() else '')
+    cpu = named[1] if named else platform.machine()
     note = dict(
         name=folder.name, study=args.study, **run._asdict(),
         command=shlex.join(['python', 'train.py', *flags_of(run)]),

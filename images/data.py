@@ -17,9 +17,11 @@ Shapes: b batch, n images, c channels, h w image, s side of a view. Images are u
     for images, labels in data.batches(steps):                      # images: a batch for each view
         view1, view2 = (make_view(x, kind, None, data.cropped) for x, kind in zip(images, kinds))
 """
+import atexit
 import hashlib
 import itertools
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -130,18 +132,18 @@ def read_crops(path, epoch, views, seed, root=''):
     generator = keyed_generator(seed, epoch, name_below(root, path))
     low, high = torch.tensor([view.scale for view in views]).T[..., None]
     with Image.open(path, formats=FORMATS) as image:
-        width = image.width
-        boxes = crop_boxes(len(views), image.height, width, (low, high), generator)
+        w, h = image.size
+        boxes = crop_boxes(len(views), h, w, (low, high), generator)
         boxes = torch.stack(boxes, dim=1)                                     # views 4
         # a JPEG is decoded at 1/2, 1/4 or 1/8 where each crop keeps twice the side that it needs
         spare = math.inf
         for (_, _, *sides), view in zip(boxes.tolist(), views):
             spare = min(spare, min(sides) / (2 * view.rendered))
         if spare > 1:
-            smaller = int(width / spare) + 1, int(image.height / spare) + 1
+            smaller = int(w / spare) + 1, int(h / spare) + 1
             image.draft('RGB', smaller)
         image = to_rgb(image)
-        boxes = boxes * (image.width / width)
+        boxes = boxes * torch.tensor([image.height / h, image.width / w] * 2)
         flips = uniform(len(views), 0, 1, generator) < 0.5
         crops = []
         for view, (top, left, height, width), flip in zip(views, boxes.tolist(), flips):
@@ -173,8 +175,15 @@ def center(images, side, img_size):
 
 
 def read_center(path, side, img_size):
-    """`center` of a file: a list of one float32 (c side side)."""
-    return list(center(read_pixels(path)[None], side, img_size))
+    """`center` of a file: a list of one float32 (c side side).
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 where what is scored keeps twice the side.
+    """
+    enough = math.ceil(2 * side * 8 / 7)
+    with Image.open(path, formats=FORMATS) as image:
+        image.draft('RGB', (enough, enough))
+        pixels = pil_to_tensor(to_rgb(image))
+    return list(center(pixels[None], side, img_size))
 
 
 def read_pixels(path):
@@ -224,6 +233,14 @@ def finish_first(worker):
     """Signals reach all processes of a job; the main one finishes its step, and needs workers."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Python sends them SIGTERM, which they ignore, and waits for them."""
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 STOPS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1')
@@ -367,7 +384,7 @@ def list_images(root):
     """(names relative to root, sorted; how many other files there are). Links are followed."""
     names = []
     others = 0
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=print, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith('.')]
         for name in files:
             if name.startswith('.') or not name.lower().endswith(EXTENSIONS):

@@ -1,4 +1,4 @@
-"""Hold the house to its size: python tests/house.py, or FILE ... to look at some.
+"""Hold the house to its size: python tests/house.py.
 
 tokens: names, numbers, operators and strings, without comments and docstrings. A code line is a
 line that has one. prose: lines of docstrings and of comments on lines of their own, per 100 code
@@ -67,9 +67,6 @@ def print_line(name, numbers):
 
 if __name__ == '__main__':
     print(f'{"file":28} {"lines":>6} {"tokens":>7} {"tokens/line":>12} {"prose/100":>10}')
-    if sys.argv[1:]:
-        print_line('sum', table([Path(name).resolve() for name in sys.argv[1:]]))
-        sys.exit()
     rooms = dict(
         product=[*ROOT.glob('*.py'), *ROOT.glob('images/*.py')],
         experiments=ROOT.glob('experiments/*.py'),

@@ -106,9 +106,9 @@ def test_flops_of_the_passes_equal_torchs_counter(name):
     DINO is exact. The logits of MoCo and SimCLR, b^2 products, are up to 2e-4 here.
     """
     sides = [48, 48, 24, 24] if name == 'dino' else [48, 48]
-    unit = pass_flops(144, 16, 64, 2)                 # uncompressed, forward
+    unit = pass_flops(81, 16, 64, 2)                 # uncompressed, forward
     for frozen, branches in ((False, dict(drop_branch='both')), (True, dict(patch_branch='query'))):
-        encoder = ViT(img_size=48, patch_size=4, in_chans=1, embed_dim=64, depth=2, num_heads=2,
+        encoder = ViT(img_size=36, patch_size=4, in_chans=1, embed_dim=64, depth=2, num_heads=2,
                       freeze_patch_embed=frozen)
         method = build(name, encoder, **branches)
         for tau in (Compression(4), Compression(12, 0.4)):

@@ -40,9 +40,7 @@ def by_hand(g, g0, group):
 def test_estimates_equal_stored_gradients(groups, scale):
     """The jackknife: sem^2 = (G - 1) / G sum (estimate without a group - mean)^2."""
     grad_fn, batches = noisy(0, mean=0.5)
-    stats = gradient_stats(grad_fn, ['base', 'biased'], 'base', batches, groups, scale)
-    assert abs(stats['base'].bias2) < 1e-12 and stats['base'].cosine == pytest.approx(1)
-
+    stats = gradient_stats(grad_fn, ['biased'], 'base', batches, groups, scale)
     factor = 1 if scale is None else scale
     g0, g = (torch.stack([grad_fn(batch, strategy) for batch in batches]) * factor
              for strategy in ('base', 'biased'))
