@@ -344,9 +344,9 @@ def scores_of(encoder, data, setting, protocols, limit=None, test_limit=None):  
         # a small data set has smaller batches, so that an epoch has at least 20 steps
         batch_size = min(recipe.batch_size, max(1, len(train_ids) // 20))
         recipe = replace(recipe, batch_size=batch_size)
-        tuned, head, losses = finetune(encoder, data, train_ids, setting, recipe)
+        encoder, head, losses = finetune(encoder, data, train_ids, setting, recipe)
         say(f'  training loss {losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in the last')
-        features, labels = features_of(tuned, data, 'test', test_ids, setting)
+        features, labels = features_of(encoder, data, 'test', test_ids, setting)
         predicted = head(features.to(device)).argmax(dim=1)
         yield result('finetune', percent_correct(predicted, labels), len(train_ids), len(labels),
                      losses=losses, **asdict(recipe))

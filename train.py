@@ -105,7 +105,7 @@ def build_parser():
     add('--local-crops', type=positive(int), default=0, help='number, of DINO alone (official: 8)')
     add('--crop-scale', type=positive(float), help='smallest area of a global crop')
     add('--jitter', type=float, default=1, help='factor on the strength of the colour jitter')
-    add('--workers', type=int, default=2, help='loader processes, for images in files')
+    add('--workers', type=int, default=2, help='loaders of each process, for images in files')
 
     add = parser.add_argument_group('encoder').add_argument
     add('--arch', type=encoder_size, default='toy',

@@ -29,8 +29,15 @@ machine         none at 0.32 M once more: how far does the same command move on 
                 Added later, p8 and p8-drop0.50 on shapes, of the machine of the small views
 verdict         pictures of large patches rendered small or full, default recipe, seeds paired
 gpu             ViT-Ti on a GPU
-paper           ViT-B on ImageNet-1k at the paper's budgets, schedules of ours: never run here; in
-                the commands of --dry-run put torchrun --nproc_per_node 8 in the place of python
+paper           ViT-B on ImageNet-1k at the paper's budgets, schedules of ours, never run here:
+                --launch 'torchrun --nproc_per_node 8', imagenet/{train,val}/CLASS/*.JPEG
+
+By our arithmetic `paper` fits GPUs of 80 GB, uncompressed SimCLR only just. To keep busy, a GPU
+needs 7 cores uncompressed and 43 under p30-drop0.50 (bench.md), and 4 GB of shared memory: with
+fewer cores a compressed run saves units, not hours. moco_v3 is the official recipe. slip and
+dino_v1 have their official rates, batches, heads and views, but our initialization, positions and
+betas, a rate that ends at 0, and no drop path; `set_progress` says how DINO's temperature rises. A
+score of training is of 10,000 and 5,000 images, one of eval.py of all.
 
 Collect `search` before the studies that choose by it. Finished and recorded runs are skipped,
 interrupted ones go on. shapes needs no files; below --data-root lie Fashion-MNIST as torchvision
@@ -117,14 +124,15 @@ shapes fashion_mnist cifar10 | moco | p8 p8-drop0.50 | - | 0.32 | 0 1 2         
     'paper': """
 imagenet | moco   | none p30-drop0.50@0,p30@0.5,p16@0.9           | moco_v3 | 309 620 1027 1537 | 0
 imagenet | moco   | p48@0,p40@0.2,p30@0.4,p24@0.6,p20@0.8,p16@0.9 | moco_v3 | 309 620 1027 1537 | 0
+imagenet | moco   | none                                          | moco_v3 | 3088 6157         | 0
 imagenet | simclr | none p30-drop0.50@0,p30@0.5,p16@0.9           | slip    | 309 620 1027 1537 | 0
 imagenet | simclr | p48@0,p40@0.2,p30@0.4,p24@0.6,p20@0.8,p16@0.9 | slip    | 309 620 1027 1537 | 0
 imagenet | dino   | none p30-drop0.50@0,p30@0.5,p16@0.9           | dino_v1 | 309 620 1027 1537 | 0
 imagenet | dino   | p48@0,p40@0.2,p30@0.4,p24@0.6,p20@0.8,p16@0.9 | dino_v1 | 309 620 1027 1537 | 0
 """,
 }
-PAPER = ('--arch vit_base --img-size 224 --patch-size 16 --workers 12 --batch-size 4096 '
-         '--hidden 4096 ')
+PAPER = '--arch vit_base --img-size 224 --patch-size 16 --workers 12 '
+LARGE = PAPER + '--batch-size 4096 --hidden 4096 '
 PARTS = {                                            # of a recipe
     '': '',
     'batch64': '--batch-size 64',
@@ -134,8 +142,8 @@ PARTS = {                                            # of a recipe
     'width128': '--arch 128,6,4',
     'again': '',
     'vit_tiny': '--arch vit_tiny --batch-size 512 --lr 5e-4 --compile',
-    'moco_v3': PAPER + '--lr 1.5e-4 --warmup 0.13 --freeze-patch-embed',
-    'slip': PAPER + '--lr 2e-4',
+    'moco_v3': LARGE + '--lr 1.5e-4 --warmup 0.1333 --freeze-patch-embed',
+    'slip': LARGE + '--lr 2e-4 --warmup 0.04 --jitter 0.5',
     'dino_v1': PAPER + '--lr 5e-4 --batch-size 1024 --hidden 2048 --out-dim 65536 --local-crops 8 '
                        '--momentum 0.996 --center-momentum 0.9 --temperature 0.1',
 }
@@ -238,9 +246,11 @@ def describe(run, args):
 def call(run, args, recorded):
     """Run the commands of a run one after another. True if one fails; what follows it is left."""
     for script, *flags in commands_of(run, args, recorded):
+        launch = [sys.executable]
         if script == 'train.py':
             describe(run, args)
-        result = subprocess.run([sys.executable, ROOT / script, *flags], text=True,
+            launch = shlex.split(args.launch) or launch
+        result = subprocess.run([*launch, ROOT / script, *flags], text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         failed = result.returncode != 0
         last = result.stdout.strip().split('\n')[-1]
@@ -258,7 +268,8 @@ def run_study(args):
     if args.dry_run:
         for run in runs:
             for command in commands_of(run, args, recorded):
-                print(shlex.join(['python', *command]))
+                launch = args.launch if command[0] == 'train.py' else ''
+                print(launch or 'python', shlex.join(command))
         return
     if args.jobs > 1:
         os.environ['OMP_NUM_THREADS'] = '1'
@@ -634,6 +645,7 @@ def main(argv=None):
     add('--only', default='', help='only runs whose names match this regular expression')
     add('--jobs', type=int, default=1, help='runs at a time; of several, each has one thread')
     add('--data-root', default='data', help='folder of the data sets')
+    add('--launch', default='', help='of train.py, such as: torchrun --nproc_per_node 8')
     add('--eval', action='store_true', help='also score by linear probe and fine-tuning')
     add('--dry-run', action='store_true', help='print the commands')
     for action in (collect, tables):
