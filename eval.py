@@ -99,7 +99,7 @@ SMALL = Recipe(
 def say(text):
     """A line for the person who watches; `| head` may have closed the pipe, and work goes on."""
     try:
-        tqdm.write(text)
+        tqdm.write(str(text))
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -251,8 +251,10 @@ def training_batches(data, ids, setting, recipe, seed):
     for (keys, _), ((images,), labels) in zip(steps(), batches):
         index, epoch = keys[0]
         generator = keyed_generator(seed, epoch, index)
-        images = make_view(images.to(setting.device), view, generator, data.cropped)
-        yield normalize(images, setting.mean, setting.std), labels.to(setting.device)
+        images = images.to(setting.device, non_blocking=True)
+        images = make_view(images, view, generator, data.cropped)
+        labels = labels.to(setting.device, non_blocking=True)
+        yield normalize(images, setting.mean, setting.std), labels
 
 
 def finetune(encoder, data, ids, setting, recipe, seed=0):
@@ -341,8 +343,8 @@ def scores_of(encoder, data, setting, protocols, limit=None, test_limit=None):  
 
     if 'finetune' in protocols:
         recipe = LARGE if setting.img_size >= 64 else SMALL
-        # a small data set has smaller batches, so that an epoch has at least 20 steps
-        batch_size = min(recipe.batch_size, max(1, len(train_ids) // 20))
+        # a small data set has smaller batches, so that an epoch has 20 steps
+        batch_size = min(recipe.batch_size, max(2, len(train_ids) // 20))
         recipe = replace(recipe, batch_size=batch_size)
         encoder, head, losses = finetune(encoder, data, train_ids, setting, recipe)
         say(f'  training loss {losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in the last')

@@ -240,7 +240,7 @@ def build_recipe(args):
     return kinds
 
 
-def build_optimizer(method, args, device):
+def build_optimizer(method, args):
     """AdamW. MoCo-v3 decays every parameter, DINO and SimCLR all but biases and norms."""
     decayed = []
     plain = []
@@ -251,8 +251,7 @@ def build_optimizer(method, args, device):
     groups = [dict(params=decayed, decays=True)]
     if plain:
         groups.append(dict(params=plain, decays=False))
-    fused = device.type in ('cuda', 'cpu')
-    return torch.optim.AdamW(groups, fused=fused)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def build_schedule(args):
@@ -428,7 +427,7 @@ def set_up(args, checkpoint=None):
         if run.device.type == 'cuda':                # on the CPU each has its own statistics
             nn.SyncBatchNorm.convert_sync_batchnorm(method)
         run.model = DistributedDataParallel(method)
-    run.optimizer = build_optimizer(method, args, run.device)
+    run.optimizer = build_optimizer(method, args)
     run.parameters = [p for p in method.parameters() if p.requires_grad]
     run.half = run.device.type == 'cuda' and torch.cuda.is_bf16_supported(
         including_emulation=False)

@@ -78,17 +78,13 @@ def forward_features(vit, images, patch_size=None, drop_rate=0.0, generator=None
 
 
 def grid_of(height, width, patch_size):
-    """Patches per column and per row, or an error that names the patch sizes that fit.
+    """Patches per column and per row. ValueError for an image that would lose its border.
 
-    A view is rendered at a multiple of the patch size (compress.patches_per_side). An image that is
-    not would lose its right and lower border in silence.
+    Views are rendered at a multiple of the patch size (compress.patches_per_side).
     """
     if height % patch_size or width % patch_size:
-        near = range(max(1, patch_size // 2), 2 * patch_size + 1)
-        choices = [str(p) for p in near if height % p == width % p == 0]
-        choices.append(f'an image size that is a multiple of {patch_size}')
         raise ValueError(f'patch size {patch_size} does not divide image size {height}x{width}; '
-                         f'use {", ".join(choices)}')
+                         f'use an image size that is a multiple of {patch_size}')
     return height // patch_size, width // patch_size
 
 

@@ -17,11 +17,10 @@ Shapes: b batch, n images, c channels, h w image, s side of a view. Images are u
     for images, labels in data.batches(steps):                      # images: a batch for each view
         view1, view2 = (make_view(x, kind, None, data.cropped) for x, kind in zip(images, kinds))
 """
-import atexit
 import hashlib
 import itertools
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
@@ -235,12 +234,16 @@ def finish_first(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register
 def end_workers():
-    """Python sends them SIGTERM, which they ignore, and waits for them."""
+    """At exit Python sends workers SIGTERM, which they ignore, and waits for them."""
+    if hasattr(signal, 'SIGCHLD'):                     # torch raises when a worker is killed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
+
+
+multiprocessing.util.Finalize(None, end_workers, exitpriority=0)       # before that, after Pools
 
 
 STOPS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1')
@@ -325,7 +328,7 @@ class Images:
             for keys, views in steps:
                 ids = torch.tensor([index for index, _ in keys])
                 pixels = self.pixels['train'][ids]
-                if torch.cuda.is_available():                  # a copy from there does not wait
+                if torch.cuda.is_initialized():                # a copy from there does not wait
                     pixels = pixels.pin_memory()
                 yield [pixels] * len(views), self.labels['train'][ids]
             return
@@ -359,7 +362,7 @@ class Images:
             collate_fn=stacked,
             num_workers=workers,
             worker_init_fn=finish_first,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_initialized(),
             generator=torch.Generator())                       # leaves the global one as it is
         for results, indices, unreadable in loader:
             for paths in unreadable:
@@ -380,11 +383,14 @@ class Images:
 
 # ---------------------------------------------------------------- folders
 
-def list_images(root):
-    """(names relative to root, sorted; how many other files there are). Links are followed."""
+def list_images(root, say):
+    """(names relative to root, sorted; how many other files there are). Links are followed.
+
+    Folders that cannot be listed are said.
+    """
     names = []
     others = 0
-    for folder, folders, files in os.walk(root, onerror=print, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=say, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith('.')]
         for name in files:
             if name.startswith('.') or not name.lower().endswith(EXTENSIONS):
@@ -428,7 +434,7 @@ def first_folder(name):
 
 def load_folder(root, say=print):
     """The Images of a tree of files."""
-    found, others = list_images(root)
+    found, others = list_images(root, say)
     if not found:
         raise FileNotFoundError(f'no images below {str(root)!a}; looked for {" ".join(EXTENSIONS)}')
     folders = {name.partition(os.sep)[0] for name in found if os.sep in name}
