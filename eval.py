@@ -150,9 +150,9 @@ def knn_predict(queries, bank, bank_labels, classes, k=20, temperature=0.07, chu
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f'{k} neighbours of a bank of {len(bank)} images; take more images')
-    bank = F.normalize(bank, dim=1)
+    bank = F.normalize(bank.float(), dim=1)                                   # bfloat16: too coarse
     predictions = []
-    for part in F.normalize(queries, dim=1).split(chunk):
+    for part in F.normalize(queries.float(), dim=1).split(chunk):
         similarity, nearest = (part @ bank.T).topk(k, dim=1)                  # chunk k
         # relative to the nearest, so that no temperature overflows
         weights = ((similarity - similarity[:, :1]) / temperature).exp()

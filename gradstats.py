@@ -165,7 +165,7 @@ def dot(a, b):
 def flat_gradient(loss, parameters):
     """The gradient of a loss over a list of parameters, as one vector: 0 for those it does not use.
 
-    No .grad is touched.
+    No .grad is touched. Across processes it is this one's own: average it over them.
     """
     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients])

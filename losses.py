@@ -21,8 +21,8 @@ branch too, and patch_branch='query' leaves the key branch at the base patch siz
 Any module with an `embed_dim` is an encoder. Uncompressed, it is called with images alone; under a
 strategy as encoder(images, patch_size, drop_rate, generator), see vit.py.
 
-Shapes: b batch per process, d embedding, o DINO outputs. Losses are float32 or wider under any
-autocast.
+Shapes: b batch per process, the same in all, d embedding, o DINO outputs. Losses are float32 or
+wider under any autocast.
 
     method = MoCo(encoder)
     loss, metrics = method([view1, view2], patch_size=24, drop_rate=0.5)
@@ -32,7 +32,8 @@ In all three, `student` is the encoder that trains, `teacher` its EMA copy (SimC
 `encoder` the one to export. A forward changes buffers alone (BatchNorm's running statistics, DINO's
 last batch mean); only `update_teacher` moves the EMA copy and the center. Under a process group the
 losses gather across ranks, so that the mean of the ranks' losses and gradients, which is what
-DistributedDataParallel forms, is that of one process on the joined embeddings.
+DistributedDataParallel forms, is that of one process on the joined embeddings. The heads' BatchNorm
+joins the batches only as SyncBatchNorm (convert_sync_batchnorm).
 """
 import copy
 import math
@@ -218,13 +219,17 @@ class DINOHead(nn.Module):
 
 
 def ema_copy(module):
-    """The teacher: a copy without gradient. It stays in train mode, as in the official codes."""
+    """The teacher: a copy without gradient, so load weights first. It stays in train mode, as in
+    the official codes; drop-path would act in it too, which in DINO's it does not."""
     return copy.deepcopy(module).requires_grad_(False)
 
 
 @torch.no_grad()
 def ema_update(teacher, student, momentum):
-    """teacher <- momentum * teacher + (1 - momentum) * student; parameters only, not buffers."""
+    """teacher <- momentum * teacher + (1 - momentum) * student; parameters only, not buffers.
+
+    Of float32 weights: in bfloat16 a small step rounds to nothing, and the teacher stands still.
+    """
     if not 0 <= momentum <= 1:
         raise ValueError(f'momentum {momentum} is outside [0, 1]')
     for slow, fast in zip(teacher.parameters(), student.parameters()):
@@ -374,7 +379,8 @@ class DINO(Branches):
 
     The teacher sees the global crops, the student all. Dropout applies to every crop of the
     student. The defaults are DINO's, teacher_temp that of its longer recipes; train.py has another
-    student_temp and center_momentum (see dino_loss).
+    student_temp and center_momentum (see dino_loss). In each step, set_progress comes first and
+    before_step between backward and the optimizer.
     """
 
     def __init__(self, encoder, hidden=2048, bottleneck=256, out_dim=65536,  # noqa: PLR0913

@@ -43,9 +43,12 @@ def forward_features(vit, images, patch_size=None, drop_rate=0.0, generator=None
     """Tokens (b r+k d) of a ViT with timm's names, after the final norm; the class token first.
 
     images: (b c H W), H and W multiples of the patch size. Without compression, at the model's own
-    image size and in eval mode, the result is that of timm's vit.forward_features. Every dropped
-    patch saves its share of the whole encoder. Raises ValueError for an architecture that would
-    come out wrong.
+    image size and in eval mode, the result is that of timm's vit.forward_features, and
+    vit.forward_head(tokens, pre_logits=True) pools it. Every dropped patch saves its share of the
+    whole encoder. Raises ValueError for an architecture that would come out wrong.
+
+    It calls the parts of the bare module, so call it inside the forward that DDP or FSDP wraps, and
+    compile the blocks alone: Dynamo ignores @cache and would invert a matrix in every forward.
     """
     if not isinstance(vit, ViT):
         check_supported(vit)

@@ -260,7 +260,7 @@ def resize(images, side):
 
 
 def normalize(images, mean, std):
-    """(images - mean) / std, with one mean and one std for each channel."""
+    """(images - mean) / std of images in [0, 1], with one number of each for every channel."""
     mean, std = by_channel(tuple(mean), tuple(std), images.device)
     return (images - mean) / std
 
@@ -454,7 +454,7 @@ def make_views(images, views, generator=None):
 
     images: uint8 or float in [0, 1], (b c h w). The draws depend on the generator (a CPU one; None:
     torch's own), the batch size and the image size. With the same seed, the same views at other
-    sides (`Augmentation.at`) show the same crops and colours.
+    sides (`Augmentation.at`) show the same crops and colours. Call it outside of autocast.
     """
     return [make_view(images, view, generator) for view in views]
 
