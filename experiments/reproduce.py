@@ -243,13 +243,17 @@ def describe(run, args):
     (folder / 'run.json').write_text(json.dumps(note))
 
 
+def launcher(script, args, python):
+    """The words in front of a script: only training runs in several processes."""
+    return shlex.split(args.launch) if args.launch and script == 'train.py' else [python]
+
+
 def call(run, args, recorded):
     """Run the commands of a run one after another. True if one fails; what follows it is left."""
     for script, *flags in commands_of(run, args, recorded):
-        launch = [sys.executable]
         if script == 'train.py':
             describe(run, args)
-            launch = shlex.split(args.launch) or launch
+        launch = launcher(script, args, sys.executable)
         result = subprocess.run([*launch, ROOT / script, *flags], text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         failed = result.returncode != 0
@@ -268,8 +272,7 @@ def run_study(args):
     if args.dry_run:
         for run in runs:
             for command in commands_of(run, args, recorded):
-                launch = args.launch if command[0] == 'train.py' else ''
-                print(launch or 'python', shlex.join(command))
+                print(shlex.join([*launcher(command[0], args, 'python'), *command]))
         return
     if args.jobs > 1:
         os.environ['OMP_NUM_THREADS'] = '1'

@@ -179,15 +179,14 @@ def read_center(path, side, img_size):
     A JPEG is decoded at 1/2, 1/4 or 1/8 where what is scored keeps twice the side.
     """
     enough = math.ceil(2 * side * 8 / 7)
-    with Image.open(path, formats=FORMATS) as image:
-        image.draft('RGB', (enough, enough))
-        pixels = pil_to_tensor(to_rgb(image))
-    return list(center(pixels[None], side, img_size))
+    return list(center(read_pixels(path, enough)[None], side, img_size))
 
 
-def read_pixels(path):
-    """A whole file: uint8 (3 h w)."""
+def read_pixels(path, enough=None):
+    """A whole file: uint8 (3 h w). Of a JPEG, `enough` pixels along each axis may do."""
     with Image.open(path, formats=FORMATS) as image:
+        if enough:
+            image.draft('RGB', (enough, enough))
         return pil_to_tensor(to_rgb(image))
 
 

@@ -467,7 +467,8 @@ def test_a_wrong_combination_names_value_and_fix(run):
             ('--batch-size 512', 'batch size 512 is larger than the 320 images'),
             ('--schedule p8-drop1.5', 'drop rate 1.5 is outside [0, 1)'),
             ('--budget 1e-6', 'do not pay for a batch of 16'),
-            ('--patch-size 3', 'patch size 3 does not divide image size 16x16'),
+            ('--patch-size 3', 'patch size 3 does not divide image size 16x16; use an image size '
+                               'that is a multiple of 3'),
             ('--gradstats 0,1', 'Adam has no second moment at progress 0'),
             ('--gradstats 2', 'are progress: from 0 to 1'),
             ('--local-crops 2', 'needs --method dino'),
