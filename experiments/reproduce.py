@@ -553,11 +553,12 @@ otherwise. LP is a linear probe, FT fine-tuning on 10,000 images.
 M and 6.0, 8.7, 3.5 at 1.28 M, p8 3.9, 3.5, 3.0 and 5.0, 8.2, 3.2 (theirs, read off their figure, \
 by NN: 4.5, 4.4, 3.8, 3.0 for 309 to 1537 M) |
 | the factor falls as the budget grows | not with MoCo-v3 | the next table: from 0.08 to 1.28 M it \
-stays or rises; SimCLR, run to 0.32 M, may fall on CIFAR-10 |
+stays or rises; at 4 M, on CIFAR-10 with 2 seeds, it is 3.2 with p8 and, by runs of up to 1.28 M, \
+4.5 and 4.3 with p8-drop0.50; SimCLR, run to 0.32 M, may fall on CIFAR-10 |
 | +9.8 points NN, +5.1 LP at equal budget | yes, less on real images | NN with p8-drop0.50: +42.4, \
 +3.4, +5.0 at 0.32 M (in hindsight +29.1, +3.4, +4.6), +24.4, +6.2, +8.1 at 1.28 M (+8.7, +6.2, \
-+7.6); LP on CIFAR-10: +8.6 at 1.28 M (2 seeds; in hindsight +7.5, 3 seeds), with p8 and the \
-default recipe +3.6 at 0.32 M, +6.8 at 1.28 M (2 seeds) |
++7.6); LP on CIFAR-10: +8.6 at 1.28 M (2 seeds; in hindsight +7.5, 3 seeds), with p8 +7.3 at \
+4 M (2 seeds; 20-NN +3.8) and, with the default recipe, +3.6 at 0.32 M, +6.8 at 1.28 M (2 seeds) |
 | constants win early and fall behind schedules | not seen | p8-drop0.50@0,p8@0.5 minus \
 p8-drop0.50, the better constant, at 1.28 M: +0.1, -0.5, +0.2; default recipe, minus the better \
 constant, at 0.08, 0.32, 1.28 M: shapes -2.2, -2.3, Fashion-MNIST -1.0, +0.1, +0.3, CIFAR-10 +0.1, \
