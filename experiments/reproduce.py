@@ -560,7 +560,8 @@ stays or rises; at 4 M, on CIFAR-10 with 2 seeds, it is 3.2 with p8 and, by runs
 +7.6); LP on CIFAR-10: +8.6 at 1.28 M (2 seeds; in hindsight +7.5, 3 seeds), with p8 +7.3 at \
 4 M (2 seeds; 20-NN +3.8) and, with the default recipe, +3.6 at 0.32 M, +6.8 at 1.28 M (2 seeds) |
 | constants win early and fall behind schedules | not seen | p8-drop0.50@0,p8@0.5 minus \
-p8-drop0.50, the better constant, at 1.28 M: +0.1, -0.5, +0.2; default recipe, minus the better \
+p8-drop0.50, the better constant, at 1.28 M: +0.1, -0.5, +0.2; minus p8 at 4 M, where p8-drop0.50 \
+was not run, on CIFAR-10: +0.9 and +2.7 (LP +0.1, +1.1); default recipe, minus the better \
 constant, at 0.08, 0.32, 1.28 M: shapes -2.2, -2.3, Fashion-MNIST -1.0, +0.1, +0.3, CIFAR-10 +0.1, \
 -0.7, +1.0 |
 | the schedule of least CA-MSE beats constants | no | CIFAR-10, 0.32 M, default recipe: 41.9 +- \
