@@ -227,7 +227,7 @@ def headline():
             title=f'{title}\n{speed_up(best, dropped, 0.32)} times fewer units',
             xlabel='million units',
             xscale='log')
-        ticks = [0.02, 0.08, 0.32, 1.28]
+        ticks = [0.02, 0.08, 0.32, 1.28, 4]
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
     axes[0].set_ylabel('20-NN accuracy, %')
