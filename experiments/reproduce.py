@@ -629,8 +629,8 @@ p8-drop0.50 1.04 to 1.14 times as long as an uncompressed one.
 - [headline.png](headline.png), [compression.png](compression.png), [gradstats.png](gradstats.png),
   [curves.png](curves.png), [neighbours.png](neighbours.png): `python experiments/pictures.py NAME`.
   A star in headline.png is the best uncompressed recipe in hindsight; its titles compare
-  p8-drop0.50 with the star at 0.32 M; at 4 M are two seeds. The arrow in curves.png joins the points where the two curves
-  first reach the final accuracy of the lower one
+  p8-drop0.50 with the star at 0.32 M; at 4 M are two seeds. The arrow in curves.png joins the
+  points where the two curves first reach the final accuracy of the lower one
 - [gradstats.jsonl](gradstats.jsonl): gradient errors of an uncompressed run of 0.16 M on CIFAR-10
 - [bench.md](bench.md): speed. [tuning.md](tuning.md): which settings, schedules and rules were
   tried, and small views
